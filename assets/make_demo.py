@@ -1,0 +1,262 @@
+"""Draw the demo set: aerial scenes of polygons, so that everything runs offline and in minutes.
+
+`plain` scenes (flat ground, nothing else) are what the tiny base model was pretrained on, by
+make_tiny.py. The demo set is the harder domain that SFT has to learn and GRPO to sharpen: textured
+ground, shadows, any rotation, clutter, small objects. It is written to disk in the REFER layout and
+read back by the same reader as real data; data.load_samples("demo", …) makes it where it is absent.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from data import box_scale, encode_rle, mask_to_box, place_of, place_words, size_word
+
+SIZE = 128  # pixels, both sides
+IMAGES = {"train": 3000, "val": 120, "test": 460}
+COLORS = {
+    "white": (238, 238, 232),
+    "gray": (132, 134, 138),
+    "red": (190, 62, 52),
+    "blue": (58, 92, 186),
+    "yellow": (226, 190, 70),
+    "purple": (140, 76, 160),
+}
+GROUNDS = [(86, 116, 66), (186, 166, 128), (104, 96, 84), (62, 92, 104), (150, 150, 120)]
+# Outlines as (across, along), the long side from -0.5 to 0.5.
+# fmt: off
+OUTLINES = {
+    "ship": [(0, -.5), (.16, -.22), (.16, .4), (.08, .5), (-.08, .5), (-.16, .4), (-.16, -.22)],
+    "airplane": [(0, -.5), (.09, -.36), (.09, -.14), (.48, .1), (.48, .24), (.09, .14), (.07, .32),
+                 (.22, .42), (.22, .5), (-.22, .5), (-.22, .42), (-.07, .32), (-.09, .14),
+                 (-.48, .24), (-.48, .1), (-.09, -.14), (-.09, -.36)],
+    "building": [(-.36, -.5), (.36, -.5), (.36, .5), (.02, .5), (.02, .16), (-.36, .16)],
+    "tennis court": [(-.28, -.5), (.28, -.5), (.28, .5), (-.28, .5)],
+    "storage tank": [(np.sin(a) / 2, np.cos(a) / 2) for a in np.linspace(0, 2 * np.pi, 25)[:-1]],
+}
+# fmt: on
+
+
+@dataclass
+class SceneObject:
+    class_name: str
+    color: str
+    center: np.ndarray  # (x, y) pixels
+    length: float  # of the long side, pixels
+    angle: float  # radians
+    mask: np.ndarray = None  # bool (H, W)
+
+    def polygon(self, scale=1.0, shift=(0, 0), zoom=2):
+        """Corners in a canvas `zoom` times the image, the outline shrunk by `scale`."""
+        turn = np.array(
+            [[np.cos(self.angle), -np.sin(self.angle)], [np.sin(self.angle), np.cos(self.angle)]]
+        )
+        corners = np.array(OUTLINES[self.class_name]) * self.length * scale @ turn.T
+        return [tuple(corner) for corner in ((corners + self.center + shift) * zoom).tolist()]
+
+
+def place_objects(rng, count, plain, size=SIZE):
+    """Up to `count` objects that do not touch, each wholly inside the image."""
+    shortest, longest = (20, 56) if plain else (14, 56)
+    objects = []
+    for _ in range(20 * count):
+        length = float(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
+        center = rng.uniform(length / 2 + 2, size - length / 2 - 2, 2)
+        turn = rng.normal(rng.integers(4) * np.pi / 2, 0.15) if plain else rng.uniform(0, 2 * np.pi)
+        clear = all(np.hypot(*(center - o.center)) > 0.55 * (length + o.length) for o in objects)
+        if clear and len(objects) < count:
+            name, color = rng.choice(list(OUTLINES)), rng.choice(list(COLORS))
+            objects.append(SceneObject(str(name), str(color), center, length, float(turn)))
+    return objects
+
+
+def draw_ground(rng, plain, size=SIZE):
+    """uint8 (H, W, 3): one colour, or fields, relief, grain, a road and some trees on it."""
+    ground = np.ones((size, size, 3)) * GROUNDS[rng.integers(len(GROUNDS))] + rng.normal(0, 8, 3)
+    if plain:
+        ground += rng.normal(0, rng.uniform(0, 4), (size, size, 1))
+        return ground.clip(0, 255).astype(np.uint8)
+    relief = Image.fromarray(rng.integers(0, 256, (9, 9), dtype=np.uint8)).resize(
+        (size, size), Image.BICUBIC
+    )
+    ground += (np.asarray(relief, dtype=np.float64)[..., None] - 128) * rng.uniform(0.1, 0.35)
+    if rng.random() < 0.4:  # ploughed field
+        direction, wave = rng.uniform(0, np.pi), rng.uniform(0.4, 1.2)
+        y, x = np.mgrid[:size, :size]
+        stripes = np.sin((x * np.cos(direction) + y * np.sin(direction)) * wave)
+        ground += stripes[..., None] * rng.uniform(4, 14)
+    ground += rng.normal(0, rng.uniform(2, 9), (size, size, 1))
+    image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    if rng.random() < 0.4:  # road
+        ends = rng.uniform(0, size, 2)
+        line = (
+            [(0, ends[0]), (size, ends[1])]
+            if rng.random() < 0.5
+            else [(ends[0], 0), (ends[1], size)]
+        )
+        draw.line(
+            line,
+            fill=tuple(int(v) for v in rng.integers(90, 130) + np.zeros(3)),
+            width=int(rng.integers(3, 7)),
+        )
+    for _ in range(rng.integers(0, 14)):  # trees
+        (x, y), r = rng.uniform(0, size, 2), rng.uniform(1.5, 4)
+        green = (int(rng.integers(30, 70)), int(rng.integers(70, 110)), int(rng.integers(30, 60)))
+        draw.ellipse([x - r, y - r, x + r, y + r], fill=green)
+    return np.asarray(image)
+
+
+def draw_scene(rng, count, plain=False, size=SIZE):
+    """A scene of up to `count` objects -> (PIL image, list of SceneObject with masks)."""
+    objects = place_objects(rng, count, plain, size)
+    image = Image.fromarray(draw_ground(rng, plain, size)).resize((2 * size, 2 * size))
+    sun = rng.uniform(-0.12, 0.12, 2)
+    for o in objects:
+        draw = ImageDraw.Draw(image)
+        if not plain:
+            shadow = tuple(
+                int(v * 0.5) for v in image.getpixel(tuple((o.center * 2).astype(int).tolist()))
+            )
+            draw.polygon(o.polygon(shift=sun * min(o.length, 30)), fill=shadow)
+        shade = np.array(COLORS[o.color]) * (1 if plain else rng.uniform(0.75, 1.08)) + rng.normal(
+            0, 6, 3
+        )
+        paint = lambda gain: tuple(int(v) for v in (shade * gain).clip(0, 255))
+        draw.polygon(o.polygon(), fill=paint(1.0))
+        if o.class_name == "tennis court":  # a lighter line inside
+            draw.polygon(o.polygon(0.75), outline=(245, 245, 245))
+        else:  # a darker roof ridge, deck, fuselage or tank top
+            draw.polygon(o.polygon(0.5), fill=paint(0.82))
+        canvas = Image.new("L", (2 * size, 2 * size))
+        ImageDraw.Draw(canvas).polygon(o.polygon(), fill=255)
+        o.mask = np.asarray(canvas.resize((size, size), Image.BOX)) > 127
+    return image.resize((size, size), Image.BOX), objects
+
+
+def describe(rng, objects, target, size=SIZE):
+    """A phrase in RRSIS-D's style that fits `target` and no other object, or None if there is none.
+
+    Places near a border between thirds and sizes near a limit are never used to tell objects apart.
+    """
+
+    def attributes(o):
+        box = mask_to_box(o.mask)
+        at = (box[:2] + box[2:]) / 2 / size * 3
+        sure = np.abs(at - np.rint(at)).min() > 0.12 or not (0.5 < at).all() or not (at < 2.5).all()
+        place = place_of(box, size, size) if sure else None
+        scale = box_scale(box, size, size)
+        word = (
+            size_word(scale)
+            if min(abs(scale - 0.01) / 0.01, abs(scale - 0.05) / 0.05) > 0.15
+            else None
+        )
+        return {"size": word if word != "medium" else None, "color": o.color, "place": place}
+
+    mine = attributes(target)
+    rivals = [
+        attributes(o) for o in objects if o is not target and o.class_name == target.class_name
+    ]
+    choices = []
+    for pick in range(8):
+        used = [key for i, key in enumerate(mine) if pick >> i & 1]
+        if any(mine[key] is None for key in used):
+            continue
+        # a rival fits if no used attribute surely differs; one without a sure value may fit
+        if not any(all(r[key] in (None, mine[key]) for key in used) for r in rivals):
+            choices.append(used)
+    if not choices:
+        return None
+    used = choices[rng.integers(len(choices))]
+    words = (
+        [str(rng.choice(["A", "The"]))]
+        + [mine[key] for key in used if key != "place"]
+        + [target.class_name]
+    )
+    return " ".join(words + ([place_words(*mine["place"])] if "place" in used else []))
+
+
+def make_demo(data_root, seed=0, counts=IMAGES):
+    """Write the demo set under `data_root` in the REFER layout, unless it is there already.
+
+    Seeded: the same pictures on every machine, up to the JPEG encoder. Like the real sets it holds
+    images with several refs, a few images one pixel off their mask's size, and masks in two RLEs.
+    """
+    root = Path(data_root)
+    if (root / "demo" / "refs(unc).p").is_file():
+        return
+    building = root / f".demo-{os.getpid()}"
+    folder = building / "JPEGImages"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    names = list(OUTLINES)
+    refs, images, annotations = [], [], []
+    splits = [split for split, count in counts.items() for _ in range(count)]
+    for image_id, split in enumerate(tqdm(splits, desc=f"drawing the demo set into {root}")):
+        image, objects = draw_scene(rng, int(rng.integers(1, 5)))
+        width = SIZE + (image_id % 500 == 1)
+        file_name = f"{image_id:05d}.jpg"
+        image.resize((width, SIZE)).save(folder / file_name, quality=92)
+        images.append({"id": image_id, "file_name": file_name, "width": SIZE, "height": SIZE})
+        for target in objects:
+            phrases = list(
+                dict.fromkeys(
+                    filter(
+                        None,
+                        (describe(rng, objects, target) for _ in range(1 + (split == "train"))),
+                    )
+                )
+            )
+            if not phrases:
+                continue
+            ann_id, parts = len(annotations), [target.mask]
+            if ann_id % 50 == 0:  # in two parts that overlap, as the union of which it must be read
+                left = np.arange(SIZE) < target.center[0] + 1
+                right = np.arange(SIZE) > target.center[0] - 2
+                parts = [target.mask & left, target.mask & right]
+            x1, y1, x2, y2 = mask_to_box(target.mask).tolist()
+            annotations.append(
+                {
+                    "id": ann_id,
+                    "image_id": image_id,
+                    "category_id": names.index(target.class_name),
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "segmentation": [encode_rle(part) for part in parts],
+                }
+            )
+            sentences = [
+                {
+                    "raw": p,
+                    "sent": p.lower(),
+                    "tokens": p.lower().split(),
+                    "sent_id": 2 * ann_id + i,
+                }
+                for i, p in enumerate(phrases)
+            ]
+            refs.append(
+                {
+                    "ref_id": ann_id,
+                    "ann_id": ann_id,
+                    "image_id": image_id,
+                    "category_id": names.index(target.class_name),
+                    "split": split,
+                    "file_name": file_name,
+                    "sent_ids": [s["sent_id"] for s in sentences],
+                    "sentences": sentences,
+                }
+            )
+    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
+    coco = {"images": images, "annotations": annotations, "categories": categories}
+    (building / "instances.json").write_text(json.dumps(coco))
+    (building / "refs(unc).p").write_bytes(pickle.dumps(refs))
+    (root / "images" / "demo").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(root / "images" / "demo" / "JPEGImages", ignore_errors=True)
+    os.replace(folder, root / "images" / "demo" / "JPEGImages")
+    os.replace(building, root / "demo")  # last: its presence says that the set is complete

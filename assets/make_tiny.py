@@ -1,0 +1,471 @@
+"""Train the two tiny models from nothing: assets/tiny_vlm (a Qwen3-VL) and assets/tiny_sam (a SAM).
+
+    python assets/make_tiny.py vlm     # about an hour on two CPU cores
+    python assets/make_tiny.py sam     # about 10 minutes
+
+They exist so that every script of this repository runs on a laptop, offline, through the very code
+that trains and tests the real models. The VLM is a *base* model: it sees only plain scenes (flat
+ground, axis-aligned objects), so it knows the words, both answer formats and roughly where things
+are. The demo set is a harder domain, which sft.py has to learn. The SAM sees both kinds of scene.
+
+What made grounding learnable at this size:
+1. A dense auxiliary loss: every vision token behind the merger says which object it lies on (class,
+   colour) and where that object's edges are. Without it, 16,000 one-object scenes taught the model
+   nothing of position; with it, the answers follow what the tokens know from the first minute on.
+   The head that it needs is thrown away.
+2. Position embeddings that start as sines and cosines of row and column, and Muon on the matrices.
+3. All questions about an image packed behind one image prefix: each question sees the prefix and
+   itself, its positions restart behind the prefix. Three times as many answers per second.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import trange
+from transformers import (
+    AttentionInterface,
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+ASSETS = Path(__file__).resolve().parent
+sys.path.insert(0, str(ASSETS.parent))
+
+import data  # noqa: E402
+import sampler  # noqa: E402
+from assets import make_demo  # noqa: E402
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TURN = "<|im_end|>\n<|im_start|>assistant\n"  # between a question and its answer
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", choices=["vlm", "sam"])
+    parser.add_argument("--steps", type=int, help="updates (default: 6000 vlm, 1500 sam)")
+    parser.add_argument("--batch", type=int, default=16, help="scenes per update")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder (default: assets/tiny_<model>)")
+    return parser.parse_args(argv)
+
+
+def build_processor():
+    """Byte-level BPE with the demo's words, single digits, each instruction line as one token."""
+    rng = np.random.default_rng(0)
+    corpus = []
+    for _ in range(400):
+        _, objects = make_demo.draw_scene(rng, 4, plain=True)
+        corpus += [f"Phrase: {make_demo.describe(rng, objects, o)}\n" for o in objects]
+    for name in make_demo.OUTLINES:
+        for row, col in np.ndindex(3, 3):
+            corpus += [
+                f"The {size} {name} {data.place_words(row, col)}."
+                for size in ("small", "medium", "large")
+            ]
+    corpus += ["Phrase: points: user assistant\n", "[[1,2],[3,4]]", "[1,0]", "],["] * 50
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=600, min_frequency=10, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer.add_special_tokens([*special, "<|image_pad|>", "<|video_pad|>"])
+    lines = [data.BOX_TASK, data.POINT_TASK, data.RELATIVE, data.THINK, data.NO_THINK]
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in lines + tags])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    pixels = make_demo.SIZE**2
+    patches = {
+        "patch_size": 8,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    patches["size"] = {"shortest_edge": pixels, "longest_edge": pixels}
+    return Qwen3VLProcessor(
+        Qwen2VLImageProcessor(**patches),
+        fast,
+        Qwen3VLVideoProcessor(**patches),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_vlm(processor):
+    """Qwen3-VL, unchanged but for its widths: about 2 M parameters."""
+    ids = processor.tokenizer.convert_tokens_to_ids
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(processor.tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
+            "pad_token_id": processor.tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_heads": 3,
+            "patch_size": 8,
+            "out_hidden_size": 128,
+            "num_position_embeddings": (make_demo.SIZE // 8) ** 2,
+            "deepstack_visual_indexes": [1],
+        },
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    model = Qwen3VLForConditionalGeneration(config)
+    with torch.no_grad():  # half a period to eight periods per image side
+        table = model.model.visual.pos_embed.weight  # (rows * columns, D)
+        side, count = make_demo.SIZE // 8, table.shape[1] // 4
+        waves = math.pi / 2 * 2 ** (torch.arange(count) / count * 4)
+        phase = (torch.arange(side) + 0.5)[:, None] / side * waves
+        axis = torch.cat([phase.sin(), phase.cos()], 1)  # (side, D / 2)
+        rows, cols = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
+        table.copy_(0.2 * torch.cat([rows, cols], -1).flatten(0, 1))
+    # the library loops over images; ours are all of one size and can attend in one call
+    AttentionInterface.register("flash_uniform", uniform_attention)
+    model.model.visual.config._attn_implementation = "flash_uniform"
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    return model
+
+
+def uniform_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_
+):
+    """Vision attention for images of one size: (1, heads, patches, D) -> output, None."""
+    images = len(cu_seq_lens_q) - 1
+    apart = lambda x: x[0].unflatten(1, (images, -1)).transpose(0, 1)  # (images, heads, patches, D)
+    seen = F.scaled_dot_product_attention(apart(query), apart(key), apart(value), scale=scaling)
+    return seen.transpose(1, 2).flatten(0, 1)[None], None
+
+
+class DenseHead(torch.nn.Module):
+    """What every vision token should know: the class, colour and box of the object it lies on."""
+
+    SIZES = [len(make_demo.OUTLINES) + 1, len(make_demo.COLORS), *[10] * 8, 4]
+
+    def __init__(self, width=128):
+        super().__init__()
+        self.norm, self.out = torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.SIZES))
+
+    @staticmethod
+    def targets(objects, cell=16):
+        """(tokens, 14): class (last: ground), colour, hundreds and tens of the box in 0-1000, and
+        the box's edges as seen from the token, in cells. -100 where there is no object."""
+        side, names, colors = (
+            make_demo.SIZE // cell,
+            list(make_demo.OUTLINES),
+            list(make_demo.COLORS),
+        )
+        target = np.full((side, side, 14), -100.0)
+        target[..., 0] = len(names)
+        most = np.full((side, side), 0.08)
+        y, x = (np.mgrid[:side, :side] + 0.5) * cell
+        for o in objects:
+            share = o.mask.reshape(side, cell, side, cell).mean((1, 3))
+            box = data.mask_to_box(o.mask)
+            digits = np.rint(box / make_demo.SIZE * 1000).clip(0, 999).astype(int)
+            target[share > most, 0] = names.index(o.class_name)
+            target[share > most, 1] = colors.index(o.color)
+            target[share > most, 2:10] = [*(digits // 100), *(digits // 10 % 10)]
+            target[share > most, 10:] = ((box - np.stack([x, y, x, y], -1)) / cell)[share > most]
+            most = np.maximum(most, share)
+        return torch.tensor(target.reshape(-1, 14), dtype=torch.float32)
+
+    def forward(self, features, target):
+        """Vision tokens (tokens, D) and their targets -> mean loss of classes, digits, edges."""
+        *classes, edges = self.out(self.norm(features.float())).split(self.SIZES, -1)
+        kinds = target[:, :10].long()
+        losses = [F.cross_entropy(c, kinds[:, i], ignore_index=-100) for i, c in enumerate(classes)]
+        on = kinds[:, 1] >= 0
+        edge_loss = F.smooth_l1_loss(edges[on], target[on, 10:], beta=0.1)
+        return torch.stack(losses[:2]).mean() + torch.stack(losses[2:]).mean() + edge_loss
+
+
+def questions(rng, objects):
+    """(prompt, answer) pairs about one scene: the box of every object, the points of one."""
+    size, pairs = make_demo.SIZE, []
+    judged = rng.integers(len(objects))
+    for i, target in enumerate(objects):
+        phrase = make_demo.describe(rng, objects, target)
+        if phrase is None:
+            continue
+        box = data.mask_to_box(target.mask)
+        think = bool(rng.random() < 0.4)
+        why = data.rationale(target.class_name, box, size, size) if think else None
+        relative = data.rescale(box, (size, size), (1000, 1000))
+        pairs.append((data.box_prompt(phrase, think=think), data.answer(relative, why)))
+        if i == judged:
+            jittered = sampler.jitter_box(box, size, size, rng)
+            points = sampler.grid_points(jittered, size, size)
+            relative = data.rescale(points, (size, size), (1000, 1000))
+            labels = sampler.label_points(points, target.mask)
+            pairs.append(
+                (data.point_prompt(phrase, relative, think=think), data.answer(labels, why))
+            )
+    return pairs
+
+
+class Packer:
+    """Scenes -> rows [image, question, answer, question, answer, …] with block attention."""
+
+    def __init__(self, processor, model):
+        self.processor, tokenizer = processor, processor.tokenizer
+        self.encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.eos = tokenizer.eos_token_id
+        blank = np.zeros((make_demo.SIZE, make_demo.SIZE, 3), np.uint8)
+        prefix = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+        one = processor(images=[blank], text=[prefix], return_tensors="pt")
+        self.prefix, self.grid = one["input_ids"][0].tolist(), one["image_grid_thw"]
+        kinds = one["mm_token_type_ids"]
+        self.places = model.model.get_rope_index(one["input_ids"], kinds, image_grid_thw=self.grid)[
+            0
+        ][:, 0]  # (3, P)
+
+    def row(self, pairs):
+        """-> ids, labels (-100 off the answers), segments (0: the image), positions (3, T)."""
+        ids, labels, segment = list(self.prefix), [-100] * len(self.prefix), [0] * len(self.prefix)
+        places, start = [self.places], int(self.places.max()) + 1
+        for i, (prompt, answer) in enumerate(pairs):
+            question, target = self.encode(prompt + TURN), [*self.encode(answer), self.eos]
+            ids += question + target
+            labels += [-100] * len(question) + target
+            segment += [i + 1] * len(question + target)
+            places.append((start + torch.arange(len(question + target))).expand(3, -1))
+        return ids, labels, segment, torch.cat(places, 1)
+
+    def batch(self, scenes):
+        """[(image, row, dense)] -> model inputs, labels, dense targets; padded on the right."""
+        longest = max(len(row[0]) for _, row, _ in scenes)
+        stack = lambda k, value: torch.tensor(
+            [row[k] + [value] * (longest - len(row[k])) for _, row, _ in scenes]
+        )
+        ids, labels, segment = stack(0, self.eos), stack(1, -100), stack(2, -1)
+        places = torch.stack(
+            [F.pad(row[3], (0, longest - row[3].shape[1])) for _, row, _ in scenes], 1
+        )  # (3, B, T)
+        mine, theirs = segment[:, :, None], segment[:, None, :]
+        sees = ((mine == theirs) | (theirs == 0)).tril() | torch.eye(longest, dtype=torch.bool)
+        images = self.processor.image_processor(
+            images=[image for image, _, _ in scenes], return_tensors="pt"
+        )
+        inputs = {
+            "input_ids": ids,
+            "position_ids": places,
+            # NOTE: additive, with a finite floor: a row that sees nothing would come out as NaN
+            "attention_mask": torch.where(sees, 0.0, -1e9)[:, None],  # (B, 1, T, T)
+            "pixel_values": images["pixel_values"],
+            "image_grid_thw": images["image_grid_thw"],
+        }
+        return inputs, labels, torch.cat([dense for _, _, dense in scenes])
+
+
+def stream(packer, args):
+    """Endless batches; scenes grow from one object to four over the first tenth of the run."""
+    rng = np.random.default_rng(args.seed)
+    step = 0
+    while True:
+        pool = []
+        for _ in range(16 * args.batch):
+            most = 1 + min(3, int(4 * step / (0.1 * args.steps)))
+            image, objects = make_demo.draw_scene(rng, int(rng.integers(1, most + 1)), plain=True)
+            pairs = questions(rng, objects)
+            if pairs:
+                pool.append((image, packer.row(pairs), DenseHead.targets(objects)))
+        pool.sort(key=lambda scene: len(scene[1][0]))  # rows of like length share a batch
+        for i in rng.permutation(len(pool) // args.batch):
+            yield packer.batch(pool[i * args.batch : (i + 1) * args.batch])
+            step += 1
+
+
+def train_vlm(args):
+    torch.manual_seed(args.seed)
+    processor = build_processor()
+    model = build_vlm(processor)
+    packer, head, seen = Packer(processor, model), DenseHead(), []
+    model.model.visual.merger.register_forward_hook(lambda *call: seen.append(call[-1]))
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    is_matrix = lambda n, p: p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    muon = torch.optim.Muon([p for n, p in named if is_matrix(n, p)], lr=0.02, weight_decay=0.0)
+    rest = [p for n, p in named if not is_matrix(n, p)] + list(head.parameters())
+    adamw = torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.0)
+    ramp = lambda step: min(1, (step + 1) / 200, (args.steps - step) / (0.4 * args.steps))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, ramp) for o in (muon, adamw)]
+    print(
+        f"tiny VLM: {sum(p.numel() for _, p in named):,} parameters, "
+        f"vocabulary {len(processor.tokenizer)}"
+    )
+    bar, batches = trange(args.steps), stream(packer, args)
+    for step in bar:
+        inputs, labels, dense = next(batches)
+        with torch.autocast("cpu", torch.bfloat16):  # a fifth faster here; the weights stay float32
+            hidden = model.model(**inputs).last_hidden_state  # (B, T, D)
+            # logits only where an answer token is predicted
+            target = labels[:, 1:]
+            logits = model.lm_head(hidden[:, :-1][target != -100])  # (answer tokens, V)
+        loss = F.cross_entropy(logits.float(), target[target != -100])
+        dense_loss = head(seen.pop(), dense)
+        (loss + dense_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip((muon, adamw), schedules):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if step % 50 == 0:
+            bar.write(f"step {step}: answers {loss.item():.4f}, dense {dense_loss.item():.4f}")
+        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+            model.save_pretrained(args.out)
+            processor.save_pretrained(args.out)
+
+
+def sam_prompts(rng, objects, size):
+    """Boxes (K, 4), points (K, N, 2), labels (K, N) and masks (K, H, W) of a scene's objects.
+
+    Boxes are jittered, as a model's would be; the grid is k x k, k drawn per scene, 0 for box only;
+    a share of the points is dropped (label -1), as the confidence filter does.
+    """
+    masks = np.stack([o.mask for o in objects])
+    amount = rng.choice([0.0, 0.05, 0.15])
+    boxes = [sampler.jitter_box(data.mask_to_box(mask), size, size, rng, amount) for mask in masks]
+    k = int(rng.choice([0, 3, 3, 4, 5, 6]))
+    points = (
+        np.stack([sampler.grid_points(box, size, size, k_min=k, k_max=k) for box in boxes])
+        if k
+        else None
+    )
+    labels = None
+    if k:
+        labels = np.stack([sampler.label_points(p, mask) for p, mask in zip(points, masks)])
+        labels[rng.random(labels.shape) < rng.choice([0.0, 0.2, 0.5])] = -1
+    tensor = lambda value: (
+        None if value is None else torch.tensor(np.stack(value), dtype=torch.float32)
+    )
+    return tensor(boxes), tensor(points), tensor(labels), tensor(masks)
+
+
+def sam_loss(logits, scores, target):
+    """logits (K, 4, H, W), scores (K, 4), target (K, H, W): BCE + dice on the single mask and
+    on the best of the other three, and each predicted IoU against the true one."""
+    target = target[:, None].expand_as(logits)
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(
+        (2, 3)
+    )  # (K, 4)
+    prob = logits.sigmoid()
+    dice = 1 - (2 * (prob * target).sum((2, 3)) + 1) / ((prob + target).sum((2, 3)) + 1)
+    each = 20 * bce + dice
+    with torch.no_grad():
+        hard, truth = logits > 0, target > 0
+        iou = (hard & truth).sum((2, 3)) / (hard | truth).sum((2, 3)).clamp(min=1)
+    return (
+        each[:, 0] + each[:, 1:].min(1).values + F.mse_loss(scores, iou, reduction="none").mean(1)
+    ).mean(), iou[:, 0]
+
+
+def train_sam(args):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(args.seed)
+    rng, size = np.random.default_rng(args.seed), make_demo.SIZE
+    sam = sampler.build_tiny_sam().train()
+    named = [(n, p) for n, p in sam.named_parameters() if p.requires_grad]
+    is_matrix = lambda n, p: p.ndim == 2 and "embed" not in n and "token" not in n
+    muon = torch.optim.Muon([p for n, p in named if is_matrix(n, p)], lr=0.01, weight_decay=0.0)
+    adamw = torch.optim.AdamW(
+        [p for n, p in named if not is_matrix(n, p)], lr=1e-3, weight_decay=0.0
+    )
+    ramp = lambda step: min(1, (step + 1) / 100, (args.steps - step) / (0.5 * args.steps))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, ramp) for o in (muon, adamw)]
+    print(f"tiny SAM: {sum(p.numel() for p in sam.parameters()):,} parameters")
+    bar, ious = trange(args.steps), []
+    for step in bar:
+        scenes = [
+            make_demo.draw_scene(rng, int(rng.integers(1, 5)), plain=rng.random() < 0.2)
+            for _ in range(args.batch)
+        ]
+        pixels = torch.stack(
+            [torch.tensor(np.asarray(image)).permute(2, 0, 1) for image, _ in scenes]
+        )
+        features = sam.image_encoder(sam.preprocess(pixels.float()))  # (B, C, h, w)
+        loss = 0
+        for feature, (_, objects) in zip(features, scenes):
+            boxes, points, labels, masks = sam_prompts(rng, objects, size)
+            sparse, dense = sam.prompt_encoder(
+                None if points is None else (points, labels), boxes, None
+            )
+            low_res, scores = sam.mask_decoder.predict_masks(
+                feature[None], sam.prompt_encoder.get_dense_pe(), sparse, dense
+            )  # (K, 4, 64, 64), (K, 4)
+            logits = F.interpolate(low_res, (size, size), mode="bilinear", align_corners=False)
+            part, iou = sam_loss(logits, scores, masks)
+            loss = loss + part / len(scenes)
+            ious += iou.tolist()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
+        for optimizer, schedule in zip((muon, adamw), schedules):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if (step + 1) % 100 == 0:
+            bar.write(
+                f"step {step + 1}: loss {loss.item():.3f}, "
+                f"mask IoU {np.mean(ious):.3f} over the last 100"
+            )
+            ious = []
+        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+            args.out.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {k: v.half().contiguous() for k, v in sam.state_dict().items()},
+                args.out / "model.safetensors",
+            )
+
+
+if __name__ == "__main__":
+    args = get_args()
+    args.steps = args.steps or {"vlm": 6000, "sam": 1500}[args.model]
+    args.out = args.out or ASSETS / f"tiny_{args.model}"
+    {"vlm": train_vlm, "sam": train_sam}[args.model](args)

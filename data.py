@@ -1,0 +1,566 @@
+"""Samples, prompts, answers and batches: everything between files on disk and tensors.
+
+A *sample* is one referring expression: an aerial image, one or more phrases that all mean the same
+object, and that object's mask. This file reads samples from disk in the REFER layout (RRSIS-D,
+RIS-LAD and any set of that shape), writes the prompt that a model gets, reads the answer that it
+gives, and pads prompts into batches. The demo set that every script uses by default (synthetic
+scenes, drawn by assets/make_demo.py) lies on disk in the same layout and takes the same path.
+
+    python data.py                                                # check the demo set
+    python data.py --option RRSISD --data_root /path/to/RRSIS-D   # check a real one
+
+A check prints counts per split and class, what is missing or of the wrong size, phrase lengths and
+object scales, and draws a contact sheet. The demo set is made on first use, in half a minute.
+
+Conventions: boxes are (x1, y1, x2, y2), half-open (x2 = last column + 1). Points are (x, y). Masks
+are bool (H, W). A suffix names the frame: `_px` is native pixels; `rescale` is the only way out.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from tqdm import tqdm
+
+from sampler import InputError
+
+# ------------------------------------------------------------------------- boxes, masks, frames
+
+
+def rescale(coords, source, target):
+    """Carry points (..., 2) or boxes (..., 4) from one frame to another.
+
+    A frame is a (width, height): (W, H) for native pixels, (1000, 1000) for relative coordinates,
+    the resized size for models that speak pixels of the resized image. The one place that converts.
+    """
+    coords = np.asarray(coords, dtype=np.float64)
+    factor = np.array([target[0] / source[0], target[1] / source[1]])
+    return coords * np.tile(factor, coords.shape[-1] // 2)
+
+
+def box_iou(a, b):
+    """Pairwise IoU of boxes (N, 4) and (M, 4) in one frame: (N, M). Empty boxes give 0."""
+    a = np.asarray(a, dtype=np.float64).reshape(-1, 1, 4)
+    b = np.asarray(b, dtype=np.float64).reshape(1, -1, 4)
+    side = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])  # (N, M, 2)
+    inter = np.clip(side, 0, None).prod(-1)
+    area = lambda box: np.clip(box[..., 2:] - box[..., :2], 0, None).prod(-1)
+    union = area(a) + area(b) - inter
+    return np.where(union > 0, inter / np.where(union > 0, union, 1), 0.0)
+
+
+def mask_iou(pred, true):
+    """Intersection, union and IoU of two bool masks (H, W). Both empty counts as IoU 1."""
+    inter, union = int((pred & true).sum()), int((pred | true).sum())
+    return inter, union, inter / union if union else 1.0
+
+
+def mask_to_box(mask):
+    """Tight half-open box (x1, y1, x2, y2) of a bool mask (H, W); zeros for an empty mask."""
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return np.zeros(4)
+    return np.array([cols[0], rows[0], cols[-1] + 1, rows[-1] + 1], dtype=np.float64)
+
+
+# ------------------------------------------------------------------------- masks on disk: COCO RLE
+# Column-major run lengths, zeros first. In the compressed string, run i > 2 is stored as its
+# difference to run i - 2, in 5-bit groups, low first: char = 48 + group (+ 32 if more follow).
+
+
+def encode_rle(mask):
+    """bool (H, W) -> {"size": [H, W], "counts": str}, byte-identical with pycocotools."""
+    flat = np.asarray(mask, dtype=bool).T.ravel()
+    edges = np.flatnonzero(np.diff(flat, prepend=False))  # where the value changes
+    runs = np.diff(edges, prepend=0, append=flat.size).tolist()
+    chars = []
+    for i, run in enumerate(runs):
+        value = run - runs[i - 2] if i > 2 else run
+        while True:
+            group = value & 31
+            value >>= 5
+            more = value != (-1 if group & 16 else 0)
+            chars.append(48 + group + 32 * more)
+            if not more:
+                break
+    return {"size": [int(s) for s in np.shape(mask)], "counts": bytes(chars).decode()}
+
+
+def _uncompress(counts):
+    """The compressed string -> run lengths (R,). Vectorised: every char belongs to one value."""
+    group = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
+    group = group.astype(np.int64) - 48
+    if group.size and (group.min() < 0 or group.max() > 63 or group[-1] & 32):
+        raise InputError("RLE counts: a character outside COCO's alphabet, or a cut string")
+    ends = np.flatnonzero(group < 32)  # the last char of each value
+    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
+    length = ends - starts + 1
+    shift = 5 * (np.arange(group.size) - np.repeat(starts, length))
+    if shift.size and shift.max() > 55:
+        raise InputError("RLE counts: a run longer than any image")
+    value = np.add.reduceat((group & 31) << shift, starts) if ends.size else ends
+    value -= (group[ends] & 16 > 0) * (1 << (5 * length))  # sign-extend
+    runs = value.copy()  # undo the differences: odd and even runs are two running sums
+    runs[1::2] = np.cumsum(value[1::2])
+    runs[2::2] = np.cumsum(value[2::2])
+    return runs
+
+
+def decode_rle(rle):
+    """{"size": [H, W], "counts": str | bytes | list} -> bool (H, W)."""
+    try:
+        height, width = (int(side) for side in rle["size"])
+        counts = rle["counts"]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"an RLE needs size [h, w] and counts, found {str(rle)[:80]}") from None
+    runs = np.array(counts, np.int64) if isinstance(counts, list) else _uncompress(counts)
+    if height < 0 or width < 0 or (runs < 0).any() or runs.sum() != height * width:
+        raise InputError(f"RLE runs do not add up to its size {height} x {width}")
+    values = np.zeros(len(runs), dtype=bool)
+    values[1::2] = True
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def decode_segmentation(segmentation, height, width):
+    """COCO segmentation (one RLE, a list of RLEs, polygons) -> the union, bool (H, W).
+
+    The size of the first RLE is canonical; `height` and `width` are used for polygons only.
+    """
+    parts = segmentation if isinstance(segmentation, list) else [segmentation]
+    if not parts:
+        return np.zeros((height, width), dtype=bool)
+    if isinstance(parts[0], dict):
+        masks = [decode_rle(part) for part in parts]
+        if any(mask.shape != masks[0].shape for mask in masks):
+            raise InputError("the RLEs of one segmentation differ in size")
+        return np.logical_or.reduce(masks)  # NOTE: a sum compared with == 1 would drop overlaps
+    parts = parts if isinstance(parts[0], list) else [parts]
+    canvas = Image.new("1", (width, height))
+    for polygon in parts:
+        ImageDraw.Draw(canvas).polygon([float(v) for v in polygon], fill=1)
+    return np.array(canvas)
+
+
+# ------------------------------------------------------------------------- samples
+
+
+@dataclass
+class Sample:
+    """One referring expression. `size` is the mask's (H, W), to which the image is brought."""
+
+    image_path: Path
+    phrases: list[str]
+    class_name: str
+    ref_id: int
+    split: str
+    segmentation: object
+    size: tuple[int, int]
+    weak: bool = False  # the phrase is only the class name (weakly labelled RRSIS-D)
+
+    @property
+    def mask(self):
+        """bool (H, W), decoded at each use: 17,000 decoded masks would not fit in memory."""
+        try:
+            return decode_segmentation(self.segmentation, *self.size)
+        except InputError as error:
+            raise InputError(f"ref {self.ref_id} ({self.image_path.name}): {error}") from None
+
+    def image(self):
+        """RGB image of the mask's size. Some RRSIS-D images are off by a few pixels."""
+        image = open_image(self.image_path)
+        height, width = self.size
+        return image if image.size == (width, height) else image.resize((width, height))
+
+
+def open_image(path):
+    """Any image file -> RGB PIL image; one clear line if it is missing or cannot be decoded."""
+    try:
+        return Image.open(path).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"no image at {path}: check --data_root or --image") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"cannot decode image {path} ({error}): fetch it again") from None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads containers, strings and numbers only: a pickle from the web must never run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def read_refs(path):
+    """`refs(unc).p` -> list of dicts, without ever importing a class that the pickle names."""
+    try:
+        with open(path, "rb") as file:
+            refs = _PlainUnpickler(file).load()
+        assert isinstance(refs, list) and all("ann_id" in ref for ref in refs)
+        return refs
+    except (pickle.UnpicklingError, EOFError, AssertionError, TypeError, ValueError) as error:
+        why = str(error) or "it is not a list of refs"
+        raise InputError(f"{path} is refused ({why}): expected plain lists and dicts") from None
+
+
+ALIASES = {
+    "rrsis-d": ["rrsisd"],
+    "ris_lad": ["ris_lad", "res_lad"],
+    "ris-lad": ["ris_lad", "res_lad"],
+}
+
+
+def find_dataset(option, data_root):
+    """(ROOT, <ds>) of `--option`, where ROOT/<ds>/refs(unc).p exists; `data_root` may lie above."""
+    names = ALIASES.get(option.lower(), [option, option.lower()])
+    root = Path(data_root)
+    if not root.is_dir():
+        raise InputError(
+            f"--data_root {root} is not a folder (expected {names[0]}/refs(unc).p inside)"
+        )
+    folders = [root, *sorted(p for p in root.iterdir() if p.is_dir())]
+    for folder in folders:
+        for name in names:
+            if (folder / name / "refs(unc).p").is_file():
+                return folder, name
+    known = sorted({p.parent.name for f in folders for p in f.glob("*/refs(unc).p")})
+    found = f"found there: {', '.join(known)}" if known else "no data set found there"
+    raise InputError(f"--option {option}: no {names[0]}/refs(unc).p under {root} ({found})")
+
+
+def load_samples(option, data_root, split=None, problems=None):
+    """All samples of `split` (None: of every split), in file order.
+
+    `option`: demo (made on first use), RRSISD, ris_lad, or the folder name of any REFER-layout set.
+    Raises InputError for a missing root, file, image or annotation and for an empty phrase; with a
+    list `problems`, a bad record is noted there and left out instead.
+    """
+    if option == "demo":
+        from assets.make_demo import make_demo
+
+        make_demo(data_root)
+    root, name = find_dataset(option, data_root)
+    refs = read_refs(root / name / "refs(unc).p")
+    path = root / name / "instances.json"
+    try:
+        coco = json.loads(path.read_bytes())
+        tables = [
+            {row["id"]: row for row in coco[k]} for k in ("annotations", "images", "categories")
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read as COCO instances ({error!r})") from None
+    folder = root / "images" / name / "JPEGImages"
+    present = set(os.listdir(folder)) if folder.is_dir() else set()
+    samples = []
+    for ref in refs:
+        if split in (None, ref.get("split")):
+            try:
+                samples.append(_sample(ref, *tables, folder, present))
+            except InputError as error:
+                if problems is None:
+                    raise
+                problems.append(str(error))
+    if not samples and not problems:
+        splits = sorted({str(ref.get("split")) for ref in refs})
+        raise InputError(f"{root / name} has no split {split!r} (found: {', '.join(splits)})")
+    return samples
+
+
+def _sample(ref, annotations, images, classes, folder, present):
+    """Join a ref with its annotation, image and class, and check what can be checked cheaply."""
+    where = f"{folder.parent.name} ref {ref.get('ref_id')}"
+    annotation = annotations.get(ref["ann_id"])
+    if annotation is None:
+        raise InputError(f"{where}: no annotation with id {ref['ann_id']} in instances.json")
+    try:
+        image = images[annotation["image_id"]]
+        file_name, segmentation = image["file_name"], annotation["segmentation"]
+        # RRSIS-D spells it categories_id
+        category = annotation["category_id" if "category_id" in annotation else "categories_id"]
+        phrases = [sentence["raw"].strip() for sentence in ref["sentences"]]
+        # in weakly labelled sets `raw` is the class name and `sent` keeps the accurate phrase
+        weak = any(s.get("sent", s["raw"]).lower() != s["raw"].lower() for s in ref["sentences"])
+        first = segmentation[0] if isinstance(segmentation, list) and segmentation else segmentation
+        size = first["size"] if isinstance(first, dict) else (image["height"], image["width"])
+        height, width = map(int, size)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{where}: its record cannot be read ({error!r})") from None
+    if file_name not in present:
+        raise InputError(f"{where}: image {folder / file_name} is missing")
+    if not phrases or not all(phrases):
+        raise InputError(f"{where}: empty phrase")
+    if height <= 0 or width <= 0:
+        raise InputError(f"{where}: image {file_name} of size {width} x {height}")
+    class_name = str(classes.get(category, {}).get("name", category)).replace("_", " ")
+    return Sample(
+        image_path=folder / file_name,
+        phrases=phrases,
+        class_name=class_name,
+        ref_id=ref.get("ref_id"),
+        split=ref.get("split"),
+        segmentation=segmentation,
+        size=(height, width),
+        weak=weak,
+    )
+
+
+# ------------------------------------------------------------------------- prompts
+# The same templates train and test. `frame` is (1000, 1000) or a size in pixels: see `rescale`.
+
+BOX_TASK = "Find the object that the phrase describes and give its box as [x1,y1,x2,y2]."
+POINT_TASK = (
+    "Judge each point in order: 1 if it lies on the object that the phrase describes, 0 if not."
+)
+RELATIVE = "Coordinates are integers from 0 to 1000."
+ABSOLUTE = "Coordinates are pixels of the {}x{} image."
+THINK = "Reason between <think> and </think> first, then answer between <answer> and </answer>."
+NO_THINK = "Answer between <answer> and </answer>, without any reasoning."
+
+
+def clean_phrase(phrase):
+    """One line of plain text. NOTE: markup in a phrase (`<answer>`, `<|image_pad|>`) is broken up,
+    or it would be read as a special token or as the answer."""
+    phrase = " ".join(phrase.split()).replace("<", "< ")
+    if not phrase:
+        raise InputError("the phrase is empty: say what to look for, for example --query 'a ship'")
+    return phrase
+
+
+def _instructions(task, frame, think):
+    frame_text = RELATIVE if tuple(frame) == (1000, 1000) else ABSOLUTE.format(*frame)
+    return f"{task}\n{frame_text}\n{THINK if think else NO_THINK}"
+
+
+def box_prompt(phrase, frame=(1000, 1000), think=False):
+    """Stage I: phrase -> box."""
+    return f"Phrase: {clean_phrase(phrase)}\n{_instructions(BOX_TASK, frame, think)}"
+
+
+def point_prompt(phrase, points, frame=(1000, 1000), think=False):
+    """Stage II: phrase and points (N, 2), already in `frame` -> N labels."""
+    listed = ",".join(f"[{x},{y}]" for x, y in np.rint(points).astype(int).tolist())
+    return (
+        f"Phrase: {clean_phrase(phrase)}\n{len(points)} points: [{listed}]\n"
+        f"{_instructions(POINT_TASK, frame, think)}"
+    )
+
+
+def answer(values, rationale=None):
+    """Target text for a box (4,) in the model's frame or for labels (N,)."""
+    think = f"<think>{rationale}</think>" if rationale else ""
+    return f"{think}<answer>[{','.join(str(int(v)) for v in np.rint(values))}]</answer>"
+
+
+PLACES = [
+    ["upper left", "top", "upper right"],
+    ["left", "middle", "right"],
+    ["lower left", "bottom", "lower right"],
+]
+
+
+def place_of(box, width, height):
+    """Row and column (0-2) of the box's centre in a 3 x 3 division of the image."""
+    x, y = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
+    return min(int(y * 3), 2), min(int(x * 3), 2)
+
+
+def place_words(row, col):
+    word = PLACES[row][col]
+    return f"{'at' if word in ('top', 'bottom') else 'in' if word == 'middle' else 'on'} the {word}"
+
+
+def box_scale(box, width, height):
+    """Share of the image that the box covers."""
+    return (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
+
+
+def size_word(scale):
+    """RRSIS-D's three scales: below 1 %, 1-5 %, above 5 % of the image."""
+    return "small" if scale < 0.01 else "large" if scale > 0.05 else "medium"
+
+
+def rationale(class_name, box_px, width, height):
+    """The reasoning that a think-format target shows, made from the sample: class, size, place."""
+    size = size_word(box_scale(box_px, width, height))
+    return f"The {size} {class_name} {place_words(*place_of(box_px, width, height))}."
+
+
+# ------------------------------------------------------------------------- answers
+
+_LABELS = re.compile(r"\s*\[\s*[01](?:\s*,\s*[01])*\s*\]\s*")
+_FENCE = re.compile(r"```(?:json)?\s*\n?([^`]*)```")
+
+
+def _answer_span(text):
+    """(start, end) of the last <answer>…</answer>'s content, or None."""
+    start = text.rfind("<answer>")
+    end = text.find("</answer>", start)
+    return (start + len("<answer>"), end) if start >= 0 and end >= 0 else None
+
+
+def parse_boxes(text):
+    """A model's text -> list of boxes (x1, y1, x2, y2) in the model's frame, or None. Never raises.
+
+    Accepts <answer>[…]</answer> around one box, a list of boxes, or Qwen's
+    [{"bbox_2d": […]}], the last two also in a ```json fence, with or without <answer>.
+    """
+    span = _answer_span(text)
+    body = text[slice(*span)] if span else text
+    fence = _FENCE.search(body)
+    try:
+        value = json.loads(fence[1] if fence else body)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict) or (
+        isinstance(value, list) and len(value) == 4 and not isinstance(value[0], (list, dict))
+    ):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        return None
+    boxes = [item.get("bbox_2d") if isinstance(item, dict) else item for item in value]
+    return [tuple(map(float, box)) for box in boxes] if all(map(_is_box, boxes)) else None
+
+
+def _is_box(box):
+    if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
+        return False
+    return all(abs(v) < 1e6 for v in box) and box[0] < box[2] and box[1] < box[3]
+
+
+def label_positions(text):
+    """Index into `text` of every 0/1 in its last <answer>[0,1,…]</answer>, or None."""
+    span = _answer_span(text)
+    if span is None or not _LABELS.fullmatch(text, *span):
+        return None
+    return [i for i in range(*span) if text[i] in "01"]
+
+
+def parse_labels(text):
+    """A model's text -> list of labels 0/1, or None if it is not a list of them. Never raises."""
+    positions = label_positions(text)
+    return None if positions is None else [int(text[i]) for i in positions]
+
+
+# ------------------------------------------------------------------------- batches
+
+
+def collate(processor, images, prompts, answers=None):
+    """Images (B), prompt texts (B) and, for training, answer texts (B) -> model inputs.
+
+    Padding is on the left, so that generation starts at the same column in every row. With answers,
+    `labels` is -100 everywhere but on the answer's tokens and its end-of-sequence token. The answer
+    is tokenised on its own, behind the very prompt tokens that generation would start from.
+    """
+    chats = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+        for prompt in prompts
+    ]
+    texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    batch = processor(
+        images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"
+    )
+    if answers is None:
+        return dict(batch)
+    tokenizer = processor.tokenizer
+    rows = []
+    for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], answers, strict=True):
+        target = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        prompt, target = ids[mask.bool()], torch.tensor(target)
+        rows.append(
+            (torch.cat([prompt, target]), torch.cat([prompt.new_full(prompt.shape, -100), target]))
+        )
+    longest = max(len(ids) for ids, _ in rows)
+    left_pad = lambda row, value: torch.nn.functional.pad(row, (longest - len(row), 0), value=value)
+    batch["input_ids"] = torch.stack([left_pad(ids, tokenizer.pad_token_id) for ids, _ in rows])
+    batch["labels"] = torch.stack([left_pad(labels, -100) for _, labels in rows])
+    # NOTE: not `ids != pad`: where pad = eos, that would hide the end-of-sequence from the model
+    batch["attention_mask"] = torch.stack([left_pad(torch.ones_like(ids), 0) for ids, _ in rows])
+    if "mm_token_type_ids" in batch:  # Qwen-VL models: 1 on image tokens; answers hold none
+        batch["mm_token_type_ids"] = (batch["input_ids"] == processor.image_token_id).int()
+    return dict(batch)
+
+
+# ------------------------------------------------------------------------- check of a data set
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description="Check a data set and draw a contact sheet.")
+    add = parser.add_argument
+    add("--option", default="demo", help="demo, RRSISD, ris_lad or any REFER-layout set")
+    add("--data_root", default="demo_data", help="folder that holds the data set")
+    add("--log_dir", default="runs", help="the contact sheet goes to <log_dir>/<version_name>")
+    add("--version_name", default="data", help="name of this run")
+    return parser.parse_args(argv)
+
+
+def contact_sheet(samples, columns=6, rows=4, tile=224):
+    """Samples spread evenly over the set: mask in blue, its box in white, the phrase below."""
+    sheet = Image.new("RGB", (columns * tile, rows * (tile + 16)), "white")
+    draw = ImageDraw.Draw(sheet)
+    picks = np.linspace(0, len(samples) - 1, min(len(samples), columns * rows)).astype(int)
+    for place, sample in enumerate(samples[i] for i in picks):
+        image, mask = sample.image(), sample.mask
+        pixels = np.asarray(image, dtype=np.float64)
+        pixels = np.where(mask[..., None], pixels * 0.5 + np.array([40, 110, 255]) * 0.5, pixels)
+        x, y = place % columns * tile, place // columns * (tile + 16)
+        sheet.paste(Image.fromarray(pixels.astype(np.uint8)).resize((tile - 4, tile - 4)), (x, y))
+        corner = rescale(mask_to_box(mask), image.size, (tile - 4, tile - 4)) + [x, y, x, y]
+        draw.rectangle(corner.tolist(), outline="white")
+        draw.text((x + 2, y + tile - 4), sample.phrases[0][:36], fill="black")
+    return sheet
+
+
+def main(args):
+    problems, off, empty, scales = [], [], 0, []
+    samples = load_samples(args.option, args.data_root, problems=problems)
+    sizes = {}
+    for sample in tqdm(samples, desc="reading masks and image headers"):
+        height, width = sample.size
+        try:
+            if sample.image_path not in sizes:
+                with Image.open(sample.image_path) as image:
+                    sizes[sample.image_path] = image.size
+            box = mask_to_box(sample.mask)
+        except (InputError, OSError) as error:
+            problems.append(f"{sample.image_path}: {error}")
+            continue
+        if sizes[sample.image_path] != (width, height):
+            off.append(sample.image_path.name)
+        empty += not box.any()
+        scales.append(size_word(box_scale(box, width, height)))
+    print(f"{len(samples)} refs on {len(sizes)} images, {len(problems)} bad records")
+    for problem in problems[:10]:
+        print(f"  {problem}")
+    for title, counts in {
+        "split": Counter(s.split for s in samples),
+        "class": Counter(s.class_name for s in samples),
+        "object scale (small < 1 %, large > 5 % of the image)": Counter(scales),
+        "words per phrase": Counter(len(p.split()) for s in samples for p in s.phrases),
+        "phrases per ref": Counter(len(s.phrases) for s in samples),
+    }.items():
+        ordered = sorted(counts.items(), key=lambda item: item[0])
+        print(f"{title}: " + ", ".join(f"{key} {count}" for key, count in ordered))
+    print(
+        f"weak phrases (the class name alone): {sum(s.weak for s in samples)}; empty masks: {empty}"
+    )
+    print(
+        "images whose size is not the mask's (they are resized): "
+        f"{len(set(off))} {sorted(set(off))[:5]}"
+    )
+    folder = Path(args.log_dir) / args.version_name
+    folder.mkdir(parents=True, exist_ok=True)
+    contact_sheet(samples).save(folder / "contact_sheet.png")
+    print(f"written: {folder / 'contact_sheet.png'}")
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,557 @@
+"""Evaluate: phrase + image -> box -> points -> SAM's mask, and the metrics over a whole split.
+
+For every phrase of the split:
+1. **Stage I.** The model answers with a box (`--oracle box` takes the true one).
+2. **Stage II.** It judges a grid of points inside that box; points it doubts (p < theta) are
+   dropped (`--oracle points` takes true box and labels and needs no model: SAM's upper bound).
+3. **Stage III.** SAM turns box and points into a mask, at the truth's native size.
+4. One line goes to predictions.jsonl; a run that was cut off continues from there.
+
+    IoU = I / U    mIoU = mean IoU    oIoU = sum I / sum U    Pr@t = share of samples with IoU >= t
+
+All metrics run over *all* samples. An answer without a readable box is an empty mask: I = 0, U =
+the truth's area. One without readable labels leaves SAM the box alone; its point accuracy is 0.
+
+    python eval.py                                   # runs/grpo, else runs/sft, else the base model
+    python eval.py --use_think --save_img            # reason first; write overlays
+    python eval.py --oracle points --points none     # SAM with true boxes only
+    python eval.py --image photo.jpg --query "the ship on the left"
+    torchrun --nproc_per_node 4 eval.py --eval_model_path … --data_root … --option RRSISD \\
+        --sam_ckpt sam_vit_h_4b8939.pth
+
+The demo's test split takes about a minute on two CPU cores.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import data
+import sampler
+from sampler import InputError
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+SCALES = {"small": "< 1 %", "medium": "1-5 %", "large": "> 5 %"}
+
+
+def flag(text):
+    """--use_think, --use_think True and --use_think False all work, as in the published scripts."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
+    return text.lower() == "true"
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    bare = {"type": flag, "nargs": "?", "const": True, "default": False}
+    # what to evaluate
+    add("--eval_model_path", help="model folder or hub name (default: runs/grpo, runs/sft or base)")
+    add("--option", default="demo", help="demo, RRSISD, ris_lad or any REFER set in --data_root")
+    add("--data_root", default="demo_data", help="folder that holds the data set")
+    add("--split", default="test", help="split to evaluate")
+    add("--image", help="segment this image file instead of a split; needs --query")
+    add("--query", help="phrase for --image")
+    # the model
+    add("--use_think", **bare, help="reason before answering")
+    add("--temperature", type=float, default=0.0, help="0: greedy")
+    add("--best_of", type=int, default=1, help="answers per phrase; SAM and confidence pick one")
+    add("--max_new_tokens", type=int, default=256, help="limit of one answer")
+    add("--batch_size", type=int, default=64, help="phrases per batch")
+    # points and SAM
+    add("--points", choices=["grid", "fixed", "random", "none"], default="grid", help="placement")
+    add("--alpha", type=float, default=16, help="cells per side: alpha * side / image side")
+    add("--k_min", type=int, default=3, help="fewest cells per side; also k of --points fixed")
+    add("--k_max", type=int, default=6, help="most cells per side")
+    add("--theta", type=float, default=0.9, help="drop labels that the model is less sure of")
+    add("--sam_ckpt", default=str(sampler.TINY_SAM), help="weights: SAM, MobileSAM, tiny SAM")
+    add("--multimask", action=on_off, default=False, help="best of SAM's three masks")
+    add("--paper", action=on_off, default=False, help="as published: --k_min 1 --multimask")
+    add("--oracle", choices=["box", "points"], help="use the true box, or the true box and labels")
+    # output
+    add("--log_dir", default="runs", help="results go to <log_dir>/<version_name>")
+    add("--version_name", default="eval", help="name of this run")
+    add("--save_img", **bare, help="write overlay pictures")
+    add("--max_img", type=int, default=100, help="how many overlays at most")
+    add("--resume", action=on_off, default=True, help="continue a cut-off run")
+    add("--seed", type=int, default=0, help="for sampling and --points random")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    args = parser.parse_args(argv)
+    if bool(args.image) != bool(args.query and args.query.strip()):
+        parser.error("--image and a non-empty --query go together")
+    if args.best_of > 1 and args.temperature == 0:
+        parser.error("--best_of needs answers that differ: set --temperature, for example 0.9")
+    if args.paper:
+        args.k_min, args.multimask = 1, True
+    return args
+
+
+# ------------------------------------------------------------------------- metrics
+
+
+def summarize(rows):
+    """Metrics of prediction rows (inter, union, iou, box_iou, point_acc, failed); {} for none."""
+    if not rows:
+        return {}
+    iou = np.array([row["iou"] for row in rows])
+    points = [row["point_acc"] for row in rows if row["point_acc"] is not None]
+    union = sum(row["union"] for row in rows)
+    return {
+        "n": len(rows),
+        "n_failed": sum(row["failed"] for row in rows),
+        "miou": iou.mean(),
+        "oiou": sum(row["inter"] for row in rows) / union if union else 1.0,
+        **{f"pr@{t}": (iou >= t).mean() for t in THRESHOLDS},
+        "box_iou": np.mean([row["box_iou"] for row in rows]),
+        "point_acc": np.mean(points) if points else None,  # None: no points were asked for
+    }
+
+
+def box_score(boxes, true_box):
+    """IoU of predicted boxes (N, 4) with one true box, N > 1 divided by N: extra boxes cost."""
+    return float(data.box_iou(boxes, true_box).max() / len(boxes)) if len(boxes) else 0.0
+
+
+def point_score(labels, points_px, mask):
+    """Share of points (N, 2) labelled right; 0 without as many labels as points."""
+    if labels is None or len(labels) != len(points_px) or not len(labels):
+        return 0.0
+    return float((np.array(labels) == sampler.label_points(points_px, mask)).mean())
+
+
+# ------------------------------------------------------------------------- the three stages
+
+
+def place_points(box_px, width, height, args, rng):
+    """Points (N, 2) of one box as --points says."""
+    if args.points == "none":
+        return np.zeros((0, 2))
+    k_max = args.k_min if args.points == "fixed" else args.k_max
+    points = sampler.grid_points(box_px, width, height, args.alpha, args.k_min, k_max)
+    return sampler.random_points(box_px, len(points), rng) if args.points == "random" else points
+
+
+def ask_boxes(model, processor, images, phrases, args):
+    """Stage I: images and phrases (B) -> [(text, boxes (N, 4) in pixels or None)]."""
+    frames = [sampler.answer_frame(model, processor, *image.size) for image in images]
+    prompts = [
+        data.box_prompt(phrase, frame, args.use_think) for phrase, frame in zip(phrases, frames)
+    ]
+    batch = data.collate(processor, images, prompts)
+    found = []
+    for (text, _), image, frame in zip(
+        sampler.generate(model, processor, batch, args.max_new_tokens, args.temperature),
+        images,
+        frames,
+    ):
+        boxes = data.parse_boxes(text)
+        if boxes is not None:
+            boxes = data.rescale(boxes, frame, image.size).clip(0, image.size * 2)
+            boxes = boxes[
+                (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+            ]  # wholly outside
+        found.append((text, boxes if boxes is not None and len(boxes) else None))
+    return found
+
+
+def ask_labels(model, processor, images, phrases, points, args):
+    """Stage II: and points (B of (N, 2) in pixels) -> [(text, labels or None, confidence)]."""
+    frames = [sampler.answer_frame(model, processor, *image.size) for image in images]
+    prompts = [
+        data.point_prompt(phrase, data.rescale(p, image.size, frame), frame, args.use_think)
+        for phrase, p, image, frame in zip(phrases, points, images, frames)
+    ]
+    batch = data.collate(processor, images, prompts)
+    judged = []
+    for (text, char_probs), p in zip(
+        sampler.generate(model, processor, batch, args.max_new_tokens, args.temperature), points
+    ):
+        where = data.label_positions(text)
+        if where is None or len(where) != len(p):  # never a partial match of labels to points
+            judged.append((text, None, []))
+        else:
+            judged.append(
+                (text, [int(text[i]) for i in where], char_probs[where].round(4).tolist())
+            )
+    return judged
+
+
+def predict(model, processor, samples, phrases, args, rng):
+    """Stages I and II for a batch of samples -> images, and rows with boxes, points, labels."""
+    images = [sample.image() for sample in samples]
+    rows = [
+        {"answer_box": None, "answer_points": None, "labels": None, "confidence": []}
+        for _ in samples
+    ]
+    if args.oracle:
+        boxes = [data.mask_to_box(sample.mask)[None] for sample in samples]
+    else:
+        answers, boxes = zip(*ask_boxes(model, processor, images, phrases, args))
+        for row, text in zip(rows, answers):
+            row["answer_box"] = text
+    for row, found, image in zip(rows, boxes, images):
+        found = np.zeros((0, 4)) if found is None else found
+        grids = [place_points(box, *image.size, args, rng) for box in found]
+        row.update(boxes=found, grids=grids, points=np.concatenate([np.zeros((0, 2)), *grids]))
+    if args.oracle == "points":
+        for row, sample in zip(rows, samples):
+            row["labels"] = sampler.label_points(row["points"], sample.mask).tolist()
+            row["confidence"] = [1.0] * len(row["labels"])
+        return images, rows
+    asked = [i for i, row in enumerate(rows) if len(row["points"])]
+    if asked:
+        pick = lambda values: [values[i] for i in asked]
+        points = [rows[i]["points"] for i in asked]
+        answers = ask_labels(model, processor, pick(images), pick(phrases), points, args)
+        for i, (text, labels, confidence) in zip(asked, answers):
+            rows[i].update(answer_points=text, labels=labels, confidence=confidence)
+    return images, rows
+
+
+def segment(segmenter, image, key, row, args):
+    """Stage III: a row's boxes and kept points -> (mask bool (H, W), SAM's score)."""
+    if not len(row["boxes"]):
+        return np.zeros(image.size[::-1], dtype=bool), 0.0
+    prompts, start = [], 0
+    for box, grid in zip(row["boxes"], row["grids"]):
+        end, points, labels = start + len(grid), grid, np.zeros(0)
+        if row["labels"] is None:
+            points = np.zeros((0, 2))
+        else:
+            labels = np.array(row["labels"][start:end])
+            keep = sampler.confident(labels, row["confidence"][start:end], args.theta)
+            points, labels = grid[keep], labels[keep]
+        prompts.append((box, points, labels))
+        start = end
+    segmenter.set_image(image, key)
+    return segmenter.segment_union(prompts)
+
+
+def score(row, sample, phrase, mask, sam_score, asked):
+    """The line of predictions.jsonl for one phrase; `asked`: whether points were judged at all."""
+    truth = sample.mask
+    true_box = data.mask_to_box(truth)
+    inter, union, iou = data.mask_iou(mask, truth)
+    return {
+        "ref_id": sample.ref_id,
+        "image": sample.image_path.name,
+        "phrase": phrase,
+        "class_name": sample.class_name,
+        "scale": data.size_word(data.box_scale(true_box, truth.shape[1], truth.shape[0])),
+        "answer_box": row["answer_box"],
+        "answer_points": row["answer_points"],
+        "box_px": row["boxes"].round(2).tolist(),
+        "points_px": row["points"].round(2).tolist(),
+        "labels": row["labels"],
+        "confidence": row["confidence"],
+        "sam_score": round(sam_score, 4),
+        "rle": data.encode_rle(mask),
+        "inter": inter,
+        "union": union,
+        "iou": iou,
+        "box_iou": box_score(row["boxes"], true_box),
+        "point_acc": point_score(row["labels"], row["points"], truth) if asked else None,
+        "failed": not len(row["boxes"]),
+    }
+
+
+def best(candidates):
+    """Of several answers to one phrase, the one that SAM and the model trust most. The truth is not
+    looked at; what a pick that peeks would reach is kept apart as `oracle_iou`."""
+    trust = lambda row: (
+        row["sam_score"] * (np.mean(row["confidence"]) if row["confidence"] else 0.5)
+    )
+    return {**max(candidates, key=trust), "oracle_iou": max(row["iou"] for row in candidates)}
+
+
+def validate(model, processor, samples, use_think=False, batch_size=64, limit=200):
+    """Greedy box IoU and point accuracy of the first `limit` samples, without SAM: for training."""
+    args = get_args(["--use_think", str(use_think)])
+    rng, scores = np.random.default_rng(0), []
+    was_training = model.training
+    model.eval()
+    for start in range(0, min(limit, len(samples)), batch_size):
+        batch = samples[start : min(start + batch_size, limit)]
+        _, rows = predict(model, processor, batch, [s.phrases[0] for s in batch], args, rng)
+        for row, sample in zip(rows, batch):
+            truth = sample.mask
+            points = point_score(row["labels"], row["points"], truth)
+            scores.append((box_score(row["boxes"], data.mask_to_box(truth)), points))
+    model.train(was_training)
+    box_iou, point_acc = np.mean(scores, axis=0).tolist()
+    return {"box_iou": box_iou, "point_acc": point_acc}
+
+
+# ------------------------------------------------------------------------- files and pictures
+
+
+def fingerprint(path):
+    """Changes when the weights at `path` do: a retrained model must not resume old predictions."""
+    files = sorted(Path(path).glob("**/*.safetensors")) if Path(path).is_dir() else [Path(path)]
+    states = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+
+
+def gather_predictions(folder):
+    """Fold the ranks' parts into predictions.jsonl, drop a line cut short, return all rows."""
+    path, rows = folder / "predictions.jsonl", {}
+    parts = [path, *sorted(folder.glob("predictions.jsonl.rank*"))]
+    for part in parts:
+        for line in part.read_text().splitlines() if part.is_file() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # the process was killed while it wrote this line
+            rows[row["ref_id"], row["phrase"]] = row
+    new = path.with_suffix(".new")
+    new.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    os.replace(new, path)
+    for part in parts[1:]:
+        part.unlink()
+    return rows
+
+
+def overlay(image, row, mask, truth=None, side=512):
+    """Picture of a prediction: mask in blue, truth outlined in yellow, box in white, points kept or
+    dropped as large or small dots, green for 1 and red for 0."""
+    zoom = max(1, round(side / max(image.size)))
+    size = (image.width * zoom, image.height * zoom)
+    enlarge = lambda m: np.asarray(Image.fromarray(m).resize(size, Image.NEAREST))
+    pixels = np.array(image.resize(size), dtype=np.float64)
+    pixels[enlarge(mask)] = pixels[enlarge(mask)] * 0.5 + np.array([40, 110, 255]) * 0.5
+    if truth is not None:
+        truth = enlarge(truth)
+        inner = truth.copy()
+        for axis in (0, 1):
+            for step in (-2, 2):
+                inner &= np.roll(truth, step, axis)
+        pixels[truth & ~inner] = (255, 220, 0)
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for box in row["boxes"]:
+        draw.rectangle((np.array(box) * zoom).tolist(), outline="white", width=2)
+    for (x, y), label, sure in zip(row["points"] * zoom, row["labels"] or (), row["confidence"]):
+        r = 5 if sure >= row["theta"] else 2
+        draw.ellipse([x - r, y - r, x + r, y + r], fill="lime" if label else "red", outline="black")
+    return picture
+
+
+def report(metrics):
+    """The table that is printed."""
+    protocol = " · ".join(f"{key} {value}" for key, value in metrics["protocol"].items())
+    lines = [
+        protocol,
+        "",
+        f"{'':<16}{'n':>6}{'mIoU':>8}{'oIoU':>8}" + "".join(f"{f'Pr@{t}':>8}" for t in THRESHOLDS),
+    ]
+    lines[-1] += f"{'box IoU':>9}{'points':>8}"
+    groups = {"all": metrics}
+    groups |= {f"{name} ({SCALES[name]})": m for name, m in metrics["by_scale"].items()}
+    groups |= metrics["by_class"]
+    for name, m in groups.items():
+        shares = [m["miou"], m["oiou"], *(m[f"pr@{t}"] for t in THRESHOLDS)]
+        line = f"{name:<16}{m['n']:>6}" + "".join(f"{share:8.3f}" for share in shares)
+        points = "       -" if m["point_acc"] is None else f"{m['point_acc']:8.3f}"
+        lines.append(f"{line}{m['box_iou']:9.3f}{points}")
+    lines.append(f"\n{metrics['n_failed']} of {metrics['n']} answers without a readable box")
+    if "oracle_miou" in metrics:
+        lines.append(
+            "best of n chosen by the truth (an oracle, not a result): "
+            f"mIoU {metrics['oracle_miou']:.3f}"
+        )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------- main
+
+
+def default_model(log_dir):
+    """runs/grpo if it is there, else runs/sft, else the base model."""
+    for name in ("grpo", "sft"):
+        if (Path(log_dir) / name / "config.json").is_file():
+            return str(Path(log_dir) / name)
+    return str(sampler.TINY_VLM)
+
+
+def segment_one(args, model, processor, segmenter, folder):
+    """--image and --query: print box, points, reasoning and scores; write mask and overlay."""
+    image = data.open_image(args.image)
+    rng = np.random.default_rng(args.seed)
+    blank = {"encode": data.encode_rle(np.zeros(image.size[::-1], dtype=bool))}
+    sample = data.Sample(
+        Path(args.image), [args.query], "", 0, "", blank["encode"], image.size[::-1]
+    )
+    _, (row,) = predict(model, processor, [sample], [args.query], args, rng)
+    mask, sam_score = segment(segmenter, image, args.image, row, args)
+    name = folder / Path(args.image).stem
+    Image.fromarray(mask).save(f"{name}_mask.png")
+    overlay(image, {**row, "theta": args.theta}, mask).save(f"{name}_overlay.png")
+    print(f"box answer    {row['answer_box']}")
+    print(f"point answer  {row['answer_points']}")
+    print(
+        f"box (pixels)  {row['boxes'].round(1).tolist()}"
+        if len(row["boxes"])
+        else "no readable box: the mask is empty"
+    )
+    for point, label, sure in zip(
+        row["points"].round(1).tolist(), row["labels"] or (), row["confidence"]
+    ):
+        print(
+            f"  point {point}: {label} (p = {sure:.2f}{'' if sure >= args.theta else ', dropped'})"
+        )
+    print(f"SAM's own score {sam_score:.2f}, mask of {mask.sum()} pixels")
+    print(f"written: {name}_mask.png and {name}_overlay.png")
+
+
+def main(args):
+    # 1. Model, SAM, folder. Under torchrun every process takes its share of the images.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")  # only to wait for one another
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    start = time.time()
+    torch.manual_seed(args.seed + rank)
+    path = args.eval_model_path or default_model(args.log_dir)
+    needs_model = args.oracle != "points" and not (args.oracle == "box" and args.points == "none")
+    model, processor = sampler.load_policy(path, args.device) if needs_model else (None, None)
+    segmenter = sampler.Segmenter(args.sam_ckpt, args.device, args.multimask)
+    folder = Path(args.log_dir) / args.version_name
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        print(f"model: {path if needs_model else 'none (the truth)'}\nSAM: {args.sam_ckpt}")
+    if args.image:
+        return segment_one(args, model, processor, segmenter, folder)
+
+    # 2. What is to be done, less what an earlier run of the same protocol has done.
+    if rank == 0 and args.option == "demo":  # make it before the others look for it
+        data.load_samples(args.option, args.data_root)
+    if world > 1:
+        dist.barrier()
+    samples = data.load_samples(args.option, args.data_root, args.split)
+    grid = f"{args.points} alpha={args.alpha:g} k={args.k_min}-{args.k_max} theta={args.theta:g}"
+    protocol = {
+        "option": args.option,
+        "split": args.split,
+        "model": f"oracle {args.oracle}" if args.oracle else path,
+        "sam": Path(args.sam_ckpt).name if args.sam_ckpt != str(sampler.TINY_SAM) else "tiny_sam",
+        "size": "native",
+        "use_think": args.use_think,
+        "points": "none"
+        if args.points == "none"
+        else grid + (" multimask" if args.multimask else ""),
+        "decoding": "greedy"
+        if args.temperature == 0
+        else f"tau={args.temperature:g} best of {args.best_of}",
+    }
+    state = {
+        **protocol,
+        "weights": fingerprint(path),
+        "sam_weights": fingerprint(args.sam_ckpt),
+        "seed": args.seed,
+    }
+    if rank == 0:
+        known = folder / "args.json"
+        if not (
+            args.resume and known.is_file() and json.loads(known.read_text()).get("state") == state
+        ):
+            for old in folder.glob("predictions.jsonl*"):
+                old.unlink()
+        known.write_text(json.dumps({**vars(args), "state": state}, indent=2))
+        done = gather_predictions(folder)
+        if done:
+            print(
+                f"{len(done)} answers are in {folder}/predictions.jsonl already "
+                "(--no-resume starts over)"
+            )
+    if world > 1:
+        dist.barrier()
+        done = {
+            (row["ref_id"], row["phrase"])
+            for row in map(json.loads, open(folder / "predictions.jsonl"))
+        }
+        dist.barrier()
+    samples.sort(
+        key=lambda sample: str(sample.image_path)
+    )  # an image's refs side by side, for the SAM cache
+    by_image = [list(group) for _, group in groupby(samples, key=lambda sample: sample.image_path)]
+    mine = [sample for group in by_image[rank::world] for sample in group]
+    todo = [
+        (s, p)
+        for s in mine
+        for p in s.phrases
+        if (s.ref_id, p) not in done
+        for _ in range(args.best_of)
+    ]
+
+    # 3. The three stages, batch by batch.
+    rng, drawn = np.random.default_rng(args.seed + rank), 0
+    step = max(1, args.batch_size // args.best_of) * args.best_of
+    part = folder / ("predictions.jsonl" if world == 1 else f"predictions.jsonl.rank{rank}")
+    bar = tqdm(total=len(todo), desc="evaluating", disable=rank > 0)
+    ious = []
+    with open(part, "a") as file:
+        for batch in (todo[i : i + step] for i in range(0, len(todo), step)):
+            images, rows = predict(model, processor, *map(list, zip(*batch)), args, rng)
+            lines = []
+            for (sample, phrase), image, row in zip(batch, images, rows):
+                mask, sam_score = segment(segmenter, image, sample.image_path, row, args)
+                lines.append(score(row, sample, phrase, mask, sam_score, args.points != "none"))
+                if args.save_img and rank == 0 and drawn < args.max_img:
+                    (folder / "images").mkdir(exist_ok=True)
+                    picture = overlay(image, {**row, "theta": args.theta}, mask, sample.mask)
+                    picture.save(
+                        folder / "images" / f"{sample.ref_id}_{'_'.join(phrase.split())[:60]}.png"
+                    )
+                    drawn += 1
+            if args.best_of > 1:
+                lines = [
+                    best(lines[i : i + args.best_of]) for i in range(0, len(lines), args.best_of)
+                ]
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.flush()
+            ious += [line["iou"] for line in lines]
+            bar.update(len(batch))
+            bar.set_postfix(miou=f"{np.mean(ious):.3f}")
+    bar.close()
+
+    # 4. Metrics, over the file: what is reported is what was written.
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        rows = list(gather_predictions(folder).values())
+        metrics = summarize(rows)
+        by = lambda key, names: {
+            n: summarize(r) for n in names if (r := [row for row in rows if row[key] == n])
+        }
+        metrics["by_scale"] = by("scale", SCALES)
+        metrics["by_class"] = by("class_name", sorted({row["class_name"] for row in rows}))
+        if args.best_of > 1:
+            metrics["oracle_miou"] = float(np.mean([row["oracle_iou"] for row in rows]))
+        metrics |= {"seconds": round(time.time() - start, 1), "protocol": protocol}
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, default=float))
+        print(report(metrics))
+        print(
+            f"{metrics['seconds']} s; written: {folder}/metrics.json, predictions.jsonl"
+            + (", images/" if drawn else "")
+        )
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None

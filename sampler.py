@@ -1,0 +1,501 @@
+"""Points, policy, SAM: what turns a phrase and an image into a mask, in the order it is used.
+
+1. **Points.** A box says where, not what. A scale-aware grid of points is laid over it and judged
+   one by one by the model (1 = on the target, 0 = off). Cells per side grow with the box:
+
+       K = clip(floor(alpha * side / image_side), K_min, K_max),  alpha = 16, K_max = 6
+
+   Points whose label the model itself doubts (p < 0.9) are dropped.
+2. **Policy.** Any multimodal language model that transformers loads; LoRA; batched generation that
+   also gives the probability of every character, so that doubt costs no second forward pass.
+3. **SAM.** Frozen. Box + positive points + negative points -> mask. Its image encoder is the slow
+   part and runs once per image, however many prompts follow.
+
+Departures from the paper (ReSaP): K_min is 3 where the paper has 1, because one point in a small
+box tells SAM nothing that the box has not, and SAM returns its single-mask output rather than the
+one of three that it scores best. `eval.py --paper` goes back; the README has the figures.
+"""
+
+import json
+import math
+import os
+import re
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
+TINY_VLM, TINY_SAM = ASSETS / "tiny_vlm", ASSETS / "tiny_sam" / "model.safetensors"
+
+
+class InputError(ValueError):
+    """Bad input: one line that says what was found, what was expected and what mends it."""
+
+
+# ------------------------------------------------------------------------- points
+
+
+def grid_points(box_px, width, height, alpha=16, k_min=3, k_max=6):
+    """Scale-aware grid: the centres of Kw x Kh cells of a box, row by row, (N, 2).
+
+    box_px: (x1, y1, x2, y2); width, height: of the image. k_min = k_max gives a fixed grid. Source:
+    ReSaP's scale-aware sampling.
+    """
+    x1, y1, x2, y2 = (float(v) for v in box_px)
+    kw = min(max(math.floor(alpha * (x2 - x1) / width), k_min), k_max)
+    kh = min(max(math.floor(alpha * (y2 - y1) / height), k_min), k_max)
+    x = x1 + (np.arange(kw) + 0.5) * (x2 - x1) / kw  # (Kw,)
+    y = y1 + (np.arange(kh) + 0.5) * (y2 - y1) / kh  # (Kh,)
+    return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+
+
+def random_points(box_px, count, rng):
+    """`count` points, uniform in the box, (N, 2): the ablation of the grid."""
+    box = np.asarray(box_px, dtype=np.float64)
+    return rng.uniform(box[:2], box[2:], (count, 2))
+
+
+def label_points(points_px, mask):
+    """1 where a point (N, 2) falls on a pixel of the mask (H, W), 0 elsewhere and outside: (N,)."""
+    height, width = mask.shape
+    x, y = np.floor(points_px).astype(int).reshape(-1, 2).T
+    inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
+    return np.where(inside, mask[y.clip(0, height - 1), x.clip(0, width - 1)], False).astype(int)
+
+
+def jitter_box(box_px, width, height, rng, amount=0.1):
+    """The box with each edge moved by up to `amount` of its side, clipped to the image, (4,).
+
+    At test time the points lie in *predicted* boxes; training on true boxes only would never show
+    the model a grid that is off.
+    """
+    box = np.asarray(box_px, dtype=np.float64)
+    side = np.tile(box[2:] - box[:2], 2)
+    return (box + rng.uniform(-amount, amount, 4) * side).clip(0, [width, height, width, height])
+
+
+def confident(labels, probs, threshold=0.9):
+    """Which labels to keep (N,): those the model gave a probability of `threshold` or more."""
+    return np.asarray(probs)[: len(labels)] >= threshold
+
+
+# ------------------------------------------------------------------------- policy
+
+
+def load_policy(path=TINY_VLM, device="cpu", dtype=None):
+    """(model, processor) from a Hugging Face folder or hub name; the model in eval mode.
+
+    A folder that holds only an adapter (sft.py --no-merge, or PEFT's own) is loaded onto its base
+    and merged. dtype: float32 on CPU and bfloat16 on CUDA unless told. Weights are read as
+    safetensors only, and no code of the checkpoint is run. InputError if there is no such model.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    path, adapter = str(path), None
+    if not Path(path).is_dir() and not (HUB_NAME.fullmatch(path) and not path.startswith("runs/")):
+        raise InputError(f"no model at {path}: that folder does not exist")
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / "adapter_config.json").is_file() and not (
+            Path(path) / "config.json"
+        ).is_file():
+            adapter, path = folder, read_adapter_config(folder)["base_model_name_or_path"]
+            break
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"no model at {path}: expected a Hugging Face folder (config.json, *.safetensors) or "
+            f"a hub name that can be reached ({why})"
+        ) from None
+    if adapter:
+        load_adapter(model, adapter)
+        merge_lora(model)
+    return model.to(device).eval(), processor
+
+
+def answer_frame(model, processor, width, height):
+    """The (width, height) in which the model speaks of an image of that many pixels.
+
+    Qwen2.5-VL answers in pixels of the image *after its processor resized it*; Qwen2-VL, Qwen3-VL
+    and most others on a relative scale of 0 to 1000.
+    """
+    if model.config.model_type != "qwen2_5_vl":
+        return 1000, 1000
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    images = processor.image_processor
+    least, most = images.size["shortest_edge"], images.size["longest_edge"]
+    rows, cols = smart_resize(height, width, images.patch_size * images.merge_size, least, most)
+    return cols, rows
+
+
+class CharProbs:
+    """Logits processor that keeps, for each generated token, the probability it was chosen with.
+
+    One step late, as the choice is made after the processors: no (steps, B, V) of scores is kept.
+    """
+
+    def __init__(self):
+        self.logp, self.chosen = None, []
+
+    def __call__(self, input_ids, scores):
+        if self.logp is not None:
+            self.chosen.append(self.logp.gather(1, input_ids[:, -1:]))
+        self.logp = scores.float().log_softmax(-1)  # (B, V)
+        return scores
+
+    def probs(self, last_ids):
+        """(B, C): probability of every token, given the ids (B, 1) of the last one."""
+        return torch.cat([*self.chosen, self.logp.gather(1, last_ids)], dim=1).exp()
+
+
+@torch.inference_mode()
+def generate(model, processor, batch, max_new_tokens, temperature=0.0):
+    """Answers to a left-padded batch (see data.collate): list of (text, char_probs (len(text),)).
+
+    char_probs: the probability of the token that each character came from. Temperature 0 is greedy.
+    Vision tokens are suppressed: a model that emits `<|image_pad|>` cannot be scored afterwards.
+    """
+    tokenizer, config, recorder = processor.tokenizer, model.config, CharProbs()
+    vision = [
+        getattr(config, f"{name}_token_id", None)
+        for name in ("image", "video", "vision_start", "vision_end")
+    ]
+    batch = {key: value.to(model.device) for key, value in batch.items()}
+    # NOTE: every setting is given: a checkpoint's generation_config may hold top_k, penalties, …
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    if temperature == 0:
+        sampling = {"do_sample": False, "temperature": 1.0, "top_k": 50}  # unused; any other warns
+    sequences = model.generate(
+        **batch,
+        **sampling,
+        max_new_tokens=max_new_tokens,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        num_beams=1,
+        suppress_tokens=[token for token in vision if token is not None] or None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        logits_processor=[recorder],
+    )
+    probs = recorder.probs(sequences[:, -1:]).cpu().numpy()  # (B, C)
+    answers = []
+    for row, row_probs in zip(sequences[:, batch["input_ids"].shape[1] :].tolist(), probs):
+        end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+        pieces = tokenizer.batch_decode([[token] for token in row[:end]])
+        answers.append(
+            ("".join(pieces), np.repeat(row_probs[:end], [len(piece) for piece in pieces]))
+        )
+    return answers
+
+
+# ------------------------------------------------------------------------- LoRA
+# h = W x + (alpha / r) * B A x, B zero at start. Files in PEFT's own layout, so that
+# PeftModel.from_pretrained reads what is written here, and the other way round.
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank update; the update computes in float32."""
+
+    def __init__(self, base_layer, rank, alpha, dropout):
+        super().__init__()
+        self.base_layer, self.scale = base_layer, alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        options = {"bias": False, "device": base_layer.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Linear(base_layer.in_features, rank, **options)
+        self.lora_B = nn.Linear(rank, base_layer.out_features, **options)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        update = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))))
+        return self.base_layer(x) + (self.scale * update).to(x.dtype)
+
+
+def add_lora(model, rank=64, alpha=128, dropout=0.05):
+    """Freeze the model but for LoRA on the language model's projections and its vision merger."""
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        parent, _, leaf = name.rpartition(".")
+        if isinstance(module, nn.Linear) and leaf in TARGETS and "language_model" in name:
+            setattr(model.get_submodule(parent), leaf, LoRALinear(module, rank, alpha, dropout))
+    for name in merger_names(model):
+        model.get_submodule(name).float().requires_grad_(True)
+    return model
+
+
+def merger_names(model):
+    """What lies between vision encoder and language model: Qwen's merger, deepstack mergers."""
+    names = [name for name, _ in model.named_modules()]
+    return [
+        n
+        for n in names
+        if n.endswith("visual.merger") or n.rpartition(".")[0].endswith("deepstack_merger_list")
+    ]
+
+
+def save_adapter(model, folder, base):
+    """Write adapter_model.safetensors and adapter_config.json; `base`: the base model's path."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    one = next(m for m in model.modules() if isinstance(m, LoRALinear))
+    mergers = merger_names(model)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(base),
+        "r": one.lora_A.out_features,
+        "lora_alpha": one.scale * one.lora_A.out_features,
+        "lora_dropout": one.dropout.p,
+        "target_modules": rf".*language_model.*\.({'|'.join(TARGETS)})",
+        "modules_to_save": [name.removeprefix("model.") for name in mergers] or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    state = {
+        f"base_model.model.{name}": parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name or any(name.startswith(merger + ".") for merger in mergers)
+    }
+    save_file(state, folder / "adapter_model.safetensors.new")
+    os.replace(folder / "adapter_model.safetensors.new", folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
+def read_adapter_config(folder):
+    """adapter_config.json as a dict; InputError if it is not a LoRA adapter's."""
+    path = Path(folder) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text())
+        config["r"], config["lora_alpha"], config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not the config of a LoRA adapter ({error!r})") from None
+    return config
+
+
+def load_adapter(model, folder):
+    """Add LoRA to `model` and fill it, and the mergers, from an adapter folder."""
+    from safetensors.torch import load_file
+
+    config = read_adapter_config(folder)
+    add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
+    state = load_file(Path(folder) / "adapter_model.safetensors")
+    state = {name.removeprefix("base_model.model."): value for name, value in state.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [name for name in missing if ".lora_" in name]
+    if missing or unexpected:
+        raise InputError(
+            f"{folder} does not fit its base: {(missing + unexpected)[0]} has no counterpart"
+        )
+    return model
+
+
+@torch.no_grad()
+def merged_weight(module):
+    """W + (alpha / r) B A of a LoRALinear, in W's type."""
+    weight, update = module.base_layer.weight, module.lora_B.weight @ module.lora_A.weight
+    return (weight.float() + module.scale * update).to(weight.dtype)
+
+
+def merge_lora(model):
+    """Fold every update into its layer and put the plain layer back, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            module.base_layer.weight.data = merged_weight(module)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.base_layer)
+    return model
+
+
+def save_policy(model, processor, folder):
+    """Write a plain Hugging Face folder, LoRA merged on the way out; the model stays as it is.
+
+    Written beside and renamed, so that a run that dies while saving leaves the old files whole.
+    """
+    state = {
+        n.replace(".base_layer", ""): p for n, p in model.state_dict().items() if ".lora_" not in n
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            state[f"{name}.weight"] = merged_weight(module)
+    state = {
+        name: tensor.to(model.dtype) for name, tensor in state.items()
+    }  # mergers train in float32
+    folder = Path(folder)
+    new = folder / ".new"
+    model.save_pretrained(new, state_dict=state)
+    processor.save_pretrained(new)
+    for file in new.iterdir():
+        os.replace(file, folder / file.name)
+    new.rmdir()
+
+
+# ------------------------------------------------------------------------- SAM
+
+
+def build_tiny_sam(image_size=128, patch=8, width=96, depth=4, channels=64):
+    """segment-anything's own modules at about 0.5 M parameters (the smallest published: 91 M)."""
+    from segment_anything.modeling import (
+        ImageEncoderViT,
+        MaskDecoder,
+        PromptEncoder,
+        Sam,
+        TwoWayTransformer,
+    )
+
+    return Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=image_size,
+            patch_size=patch,
+            embed_dim=width,
+            depth=depth,
+            num_heads=3,
+            mlp_ratio=2,
+            out_chans=channels,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=channels,
+            image_embedding_size=(image_size // patch, image_size // patch),
+            input_image_size=(image_size, image_size),
+            mask_in_chans=4,
+        ),
+        mask_decoder=MaskDecoder(
+            transformer_dim=channels,
+            transformer=TwoWayTransformer(
+                depth=2, embedding_dim=channels, mlp_dim=128, num_heads=4
+            ),
+            iou_head_depth=2,
+            iou_head_hidden_dim=64,
+        ),
+    )
+
+
+def load_sam(checkpoint=TINY_SAM):
+    """A SAM from its weights alone: vit_b, vit_l, vit_h (segment-anything), vit_t (MobileSAM) or
+    the tiny one. The type is read off the weights. InputError for a file of another kind."""
+    path = Path(checkpoint)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            # NOTE: weights_only, so that a checkpoint from the web cannot run code
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        width = (
+            state["image_encoder.pos_embed"].shape[-1]
+            if "image_encoder.pos_embed" in state
+            else None
+        )
+    except FileNotFoundError:
+        raise InputError(
+            f"--sam_ckpt {path} does not exist (leave it out for the tiny SAM)"
+        ) from None
+    except Exception as error:  # zip, pickle, safetensors: each reader has exceptions of its own
+        why = str(error).splitlines()[0][:80]
+        raise InputError(f"--sam_ckpt {path} is not a file of SAM weights ({why})") from None
+    from segment_anything import sam_model_registry
+
+    names = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+    if width in names:
+        sam = sam_model_registry[names[width]]()
+    elif "image_encoder.patch_embed.seq.0.c.weight" in state:
+        try:
+            from mobile_sam import sam_model_registry as mobile_registry
+        except ImportError:
+            raise InputError(f"{path} is MobileSAM: pip install mobilesam-mirror timm") from None
+        sam = mobile_registry["vit_t"]()
+    elif width is not None:
+        sam = build_tiny_sam()
+    else:
+        raise InputError(
+            f"--sam_ckpt {path} holds no SAM: expected vit_b, vit_l, vit_h or MobileSAM"
+        )
+    try:
+        sam.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(
+            f"--sam_ckpt {path} does not fit: {str(error).splitlines()[1].strip()[:120]}"
+        ) from None
+    # NOTE: MobileSAM's TinyViT caches its attention biases on entering eval mode, which the
+    # registry did before the weights were there; without train() the embeddings are wrong.
+    return sam.train().eval().requires_grad_(False)
+
+
+class Segmenter:
+    """Boxes and points to masks. `set_image` once, `segment` as often as wanted."""
+
+    def __init__(self, checkpoint=TINY_SAM, device="cpu", multimask=False, cache_size=16):
+        from segment_anything import SamPredictor
+
+        self.predictor = SamPredictor(load_sam(checkpoint).to(device))
+        self.multimask, self.cache, self.cache_size = multimask, OrderedDict(), cache_size
+
+    @torch.inference_mode()
+    def set_image(self, image, key=None):
+        """Embed a PIL image, or take its embedding from the cache where `key` was seen before."""
+        if key is None or key not in self.cache:
+            self.predictor.set_image(np.asarray(image.convert("RGB")))
+            state = (
+                self.predictor.features,
+                self.predictor.original_size,
+                self.predictor.input_size,
+            )
+            self.cache[key] = state
+        self.cache.move_to_end(key)
+        while len(self.cache) > self.cache_size:
+            self.cache.popitem(last=False)
+        self.predictor.features, self.predictor.original_size, self.predictor.input_size = (
+            self.cache[key]
+        )
+
+    @torch.inference_mode()
+    def segment(self, prompts):
+        """[(box (4,), points (N, 2), labels (N,))] in pixels -> [(mask bool (H, W), score)].
+
+        Prompts with the same number of points are decoded in one call. (SAM can pad with label -1,
+        but it attends to padding: a mask would depend on who shares the batch.) Score: the IoU that
+        SAM predicts of its own mask.
+        """
+        predictor, results = self.predictor, [None] * len(prompts)
+        to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=predictor.device)
+        for count in sorted({len(points) for _, points, _ in prompts}):
+            chosen = [i for i, (_, points, _) in enumerate(prompts) if len(points) == count]
+            boxes = to_tensor(np.stack([prompts[i][0] for i in chosen]))  # (K, 4)
+            points = to_tensor(
+                np.stack([np.reshape(prompts[i][1], (count, 2)) for i in chosen])
+            )  # (K, N, 2)
+            labels = to_tensor(np.stack([prompts[i][2] for i in chosen]))  # (K, N)
+            resize, size = predictor.transform, predictor.original_size
+            masks, scores, _ = predictor.predict_torch(
+                point_coords=resize.apply_coords_torch(points, size) if count else None,
+                point_labels=labels if count else None,
+                boxes=resize.apply_boxes_torch(boxes, size),
+                multimask_output=self.multimask,
+            )  # (K, 1 or 3, H, W), (K, 1 or 3)
+            best = scores.argmax(1)
+            for k, i in enumerate(chosen):
+                results[i] = (masks[k, best[k]].cpu().numpy(), scores[k, best[k]].item())
+        return results
+
+    def segment_union(self, prompts):
+        """One mask for several boxes of one object: (their union, the mean of their scores)."""
+        results = self.segment(prompts)
+        masks, scores = zip(*results)
+        return np.logical_or.reduce(masks), float(np.mean(scores))

@@ -1,0 +1,54 @@
+"""What tests share: a few scenes in the REFER layout, the tiny model, the way to a command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # real data and weights; tests that need them skip without
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory):
+    """--data_root of a demo set with a handful of images."""
+    from assets.make_demo import make_demo
+
+    root = tmp_path_factory.mktemp("data")
+    make_demo(root, counts={"train": 12, "val": 3, "test": 5})
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(model, processor) of assets/tiny_vlm. Not to be changed by a test."""
+    import sampler
+
+    return sampler.load_policy()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run("sft.py --max_step 1", processes=2) -> stdout, in its own folder; an error fails the test."""
+
+    def call(command, processes=1, fails=False):
+        script, *options = command.split()
+        start = [sys.executable]
+        if processes > 1:
+            start += [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={processes}",
+            ]
+        done = subprocess.run(
+            [*start, str(ROOT / script), *options], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert (done.returncode != 0) == fails, done.stdout + done.stderr
+        return done.stderr if fails else done.stdout
+
+    return call

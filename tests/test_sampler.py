@@ -1,0 +1,414 @@
+"""Points, policy, generation, LoRA, SAM."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from PIL import Image
+
+import data
+import sampler
+from sampler import InputError
+
+BOX = (10, 20, 58, 30)  # in an image of 100 x 200 pixels
+
+
+# ------------------------------------------------------------------------- points
+
+
+def test_the_grid_has_the_cells_that_the_formula_says():
+    # Kw = floor(16 * 48 / 100) = 7 -> 6; Kh = floor(16 * 10 / 200) = 0 -> 3
+    points = sampler.grid_points(BOX, 100, 200)
+    assert points.shape == (18, 2)
+    assert np.allclose(points[0], [10 + 48 / 12, 20 + 10 / 6])  # centre of the first cell
+    assert np.allclose(points[1] - points[0], [8, 0])  # row by row
+    assert np.allclose(points.mean(0), [34, 25])
+
+
+def test_the_papers_grid_and_a_fixed_one_are_the_same_function():
+    assert len(sampler.grid_points(BOX, 100, 200, k_min=1)) == 6 * 1
+    assert len(sampler.grid_points(BOX, 100, 200, k_min=4, k_max=4)) == 16
+
+
+def test_random_points_lie_in_the_box():
+    points = sampler.random_points(BOX, 500, np.random.default_rng(0))
+    assert points.shape == (500, 2)
+    assert (points >= BOX[:2]).all() and (points <= BOX[2:]).all() and points.std(0).min() > 2
+
+
+def test_points_are_looked_up_at_y_x_and_outside_counts_as_off():
+    mask = np.zeros((10, 30), bool)
+    mask[2, 25] = True
+    points = np.array([[25.9, 2.0], [2, 25], [25, 3], [-1, 2], [25, 2.5], [30, 2]])
+    assert sampler.label_points(points, mask).tolist() == [1, 0, 0, 0, 1, 0]
+
+
+def test_a_jittered_box_moves_each_edge_within_its_bounds():
+    rng = np.random.default_rng(0)
+    boxes = np.array([sampler.jitter_box((0, 10, 50, 30), 60, 35, rng, 0.2) for _ in range(300)])
+    assert (boxes >= 0).all() and (boxes <= [60, 35, 60, 35]).all()
+    assert (np.abs(boxes - [0, 10, 50, 30]).max(0) <= np.array([10, 4, 10, 4]) + 1e-9).all()
+    assert np.unique(boxes[:, 2]).size > 100
+
+
+def test_doubted_labels_are_dropped():
+    keep = sampler.confident([1, 0, 1], [0.9, 0.89, 0.99])
+    assert keep.tolist() == [True, False, True]
+
+
+# ------------------------------------------------------------------------- generation
+
+
+def ask(processor, think=False):
+    images = [Image.new("RGB", (128, 128), c) for c in ("gray", "darkgreen", "navy")]
+    points = sampler.grid_points((100, 100, 700, 500), 1000, 1000)
+    prompts = [data.box_prompt("a ship", think=think), data.point_prompt("the ship", points)]
+    prompts.append(data.box_prompt("The large white storage tank on the left"))
+    return images, prompts
+
+
+def test_a_batch_answers_like_each_prompt_alone(tiny):
+    model, processor = tiny
+    images, prompts = ask(processor)
+    together = sampler.generate(model, processor, data.collate(processor, images, prompts), 96)
+    for i in range(3):
+        batch = data.collate(processor, images[i : i + 1], prompts[i : i + 1])
+        ((text, probs),) = sampler.generate(model, processor, batch, 96)
+        assert text == together[i][0]
+        assert np.allclose(probs, together[i][1], atol=1e-4)
+
+
+def test_label_probabilities_equal_a_second_forward_pass(tiny):
+    model, processor = tiny
+    images, prompts = ask(processor, think=True)
+    batch = data.collate(processor, images, prompts)
+    for i, (text, probs) in enumerate(sampler.generate(model, processor, batch, 96)):
+        assert len(text) == len(probs)
+        full = data.collate(processor, images[i : i + 1], prompts[i : i + 1], [text])
+        labels = full.pop("labels")[0]
+        with torch.no_grad():
+            logits = model(**full).logits[0]
+        where = torch.nonzero(labels != -100)[:, 0]
+        again = logits[where - 1].softmax(-1)[torch.arange(len(where)), labels[where]]
+        pieces = processor.tokenizer.batch_decode([[t] for t in labels[where].tolist()[:-1]])
+        spread = np.repeat(again[:-1].numpy(), [len(piece) for piece in pieces])
+        assert np.allclose(spread, probs, atol=1e-3)
+
+
+def test_a_random_policy_never_emits_a_vision_token(tiny):
+    model, processor = tiny
+    images, prompts = ask(processor)
+    batch = data.collate(processor, images * 4, prompts * 4)
+    torch.manual_seed(0)
+    hot = sampler.generate(model, processor, batch, 60, temperature=1000.0)  # all but uniform
+    texts = "".join(text for text, _ in hot)
+    assert "<|im_start|>" in texts  # other special tokens do come up
+    assert not any(
+        f"<|{name}|>" in texts for name in ("image_pad", "video_pad", "vision_start", "vision_end")
+    )
+
+
+# ------------------------------------------------------------------------- policies
+
+
+def test_a_missing_model_is_one_clear_line(tmp_path):
+    with pytest.raises(
+        InputError, match="no model at .*nowhere: that folder does not exist"
+    ) as error:
+        sampler.load_policy(tmp_path / "nowhere")
+    assert "\n" not in str(error.value)
+
+
+def qwen_processor(kind, tokenizer):
+    """The processor class of a Qwen-VL family around any tokenizer with its special tokens."""
+    import transformers as hf
+
+    from assets.make_tiny import CHAT_TEMPLATE
+
+    patch = 16 if kind == "Qwen3VL" else 14
+    images = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
+    size = {"size": {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}}
+    video = hf.Qwen3VLVideoProcessor if kind == "Qwen3VL" else hf.Qwen2VLVideoProcessor
+    name = {
+        "Qwen2VL": "Qwen2VLProcessor",
+        "Qwen2_5_VL": "Qwen2_5_VLProcessor",
+        "Qwen3VL": "Qwen3VLProcessor",
+    }
+    image_processor = hf.Qwen2VLImageProcessor(**images, **size)
+    return getattr(hf, name[kind])(
+        image_processor, tokenizer, video(**images), chat_template=CHAT_TEMPLATE
+    )
+
+
+def small_qwen(kind, tokenizer):
+    """A randomly initialised Qwen-VL of small width: (model, processor)."""
+    import transformers as hf
+
+    processor = qwen_processor(kind, tokenizer)
+    ids = tokenizer.convert_tokens_to_ids
+    text = {
+        "vocab_size": max(len(tokenizer), 1000),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision |= {
+        "Qwen2VL": {"embed_dim": 32, "hidden_size": 64, "patch_size": 14, "mlp_ratio": 2},
+        "Qwen2_5_VL": {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
+        | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
+        "Qwen3VL": {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
+        | {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+    }[kind]
+    tokens = {f"{n}_token_id": ids(f"<|{n}|>") for n in ("vision_start", "vision_end")}
+    tokens |= {f"{n}_token_id": ids(f"<|{n}_pad|>") for n in ("image", "video")}
+    config = getattr(hf, f"{kind}Config")(text_config=text, vision_config=vision, **tokens)
+    torch.manual_seed(0)
+    return getattr(hf, f"{kind}ForConditionalGeneration")(config).eval(), processor
+
+
+@pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+def test_coordinates_survive_the_round_trip_to_the_models_frame(kind, tiny, tmp_path):
+    model, processor = small_qwen(kind, tiny[1].tokenizer)
+    width, height = 333, 170
+    frame = sampler.answer_frame(model, processor, width, height)
+    grid = processor.image_processor(images=[Image.new("RGB", (width, height))])["image_grid_thw"][
+        0
+    ]
+    patch = processor.image_processor.patch_size
+    resized = (int(grid[2]) * patch, int(grid[1]) * patch)
+    assert frame == (resized if kind == "Qwen2_5_VL" else (1000, 1000))
+    box = np.array([17, 40, 301, 166])
+    text = data.answer(data.rescale(box, (width, height), frame))
+    back = data.rescale(data.parse_boxes(text), frame, (width, height))[0]
+    assert np.abs(back - box).max() <= 1
+    assert frame != (1000, 1000) or f"{round(17 * 1000 / width)}," in text
+    prompt = data.box_prompt("a ship", frame)
+    assert (f"{frame[0]}x{frame[1]}" in prompt) == (kind == "Qwen2_5_VL")
+
+
+@pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Qwen3VL"])
+def test_the_pipeline_runs_on_qwen_classes_with_the_real_tokenizer(kind, tmp_path, small_set):
+    if not (SHARED / "tokenizers" / "qwen3").exists():
+        pytest.skip("needs the real Qwen3 tokenizer")
+    from transformers import AutoTokenizer
+
+    import eval as evaluation
+    import sft
+
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "qwen3")
+    model, processor = small_qwen(kind, tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    common = ["--data_root", str(small_set), "--log_dir", str(tmp_path)]
+    tune = ["--model_path", str(tmp_path / "model"), "--max_step", "1", "--batch_size", "2"]
+    sft.main(
+        sft.get_args(
+            [*common, *tune, "--val_limit", "1", "--lora_rank", "4", "--gradient_checkpointing"]
+        )
+    )
+    test = ["--eval_model_path", str(tmp_path / "sft"), "--max_new_tokens", "8"]
+    evaluation.main(evaluation.get_args([*common, *test]))
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["n"] == metrics["n_failed"] > 0  # random weights: nothing readable, all counted
+
+
+# ------------------------------------------------------------------------- LoRA
+
+
+@pytest.fixture
+def adapted():
+    """A tiny policy with LoRA that is no longer zero, and a batch."""
+    model, processor = sampler.load_policy()
+    torch.manual_seed(0)
+    sampler.add_lora(model, rank=8, alpha=16, dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "merger" in name:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    batch = data.collate(processor, *ask(processor))
+    return model, processor, batch
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def test_lora_starts_as_the_model_itself_and_trains_what_it_should(tiny):
+    model, processor = sampler.load_policy()
+    batch = data.collate(processor, *ask(processor))
+    before = logits_of(model, batch)
+    sampler.add_lora(model, rank=8, alpha=16)
+    assert torch.equal(logits_of(model, batch), before)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(".lora_" in name or "merger" in name for name in trained)
+    layers = model.config.text_config.num_hidden_layers
+    assert sum("lora_A" in name for name in trained) == 7 * layers
+    assert "model.visual.merger.linear_fc1.weight" in trained
+
+
+def test_the_merged_folder_gives_the_logits_of_the_adapted_model(adapted, tmp_path):
+    model, processor, batch = adapted
+    expected = logits_of(model, batch)
+    sampler.save_policy(model, processor, tmp_path)
+    assert torch.allclose(logits_of(model, batch), expected)  # saving changed nothing
+    plain, _ = sampler.load_policy(tmp_path)
+    assert (logits_of(plain, batch) - expected).abs().max() < 1e-4
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert (logits_of(again, batch) - expected).abs().max() < 1e-4
+    assert AutoProcessor.from_pretrained(tmp_path).tokenizer.eos_token == "<|im_end|>"
+
+
+def test_an_adapter_alone_loads_onto_its_base(adapted, tmp_path):
+    model, _, batch = adapted
+    sampler.save_adapter(model, tmp_path / "adapter", sampler.TINY_VLM)
+    loaded, _ = sampler.load_policy(tmp_path)
+    assert (logits_of(loaded, batch) - logits_of(model, batch)).abs().max() < 1e-4
+
+
+def test_the_real_peft_reads_the_adapter(adapted, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, _, batch = adapted
+    sampler.save_adapter(model, tmp_path, sampler.TINY_VLM)
+    base, _ = sampler.load_policy()
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert (logits_of(theirs, batch) - logits_of(model, batch)).abs().max() < 1e-4
+
+
+def test_an_adapter_written_by_peft_is_read(tmp_path):
+    peft = pytest.importorskip("peft")
+    base, processor = sampler.load_policy()
+    batch = data.collate(processor, *ask(processor))
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=rf".*language_model.*\.({'|'.join(sampler.TARGETS)})"
+    )
+    theirs = peft.get_peft_model(base, config).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.05
+    theirs.save_pretrained(tmp_path)
+    ours, _ = sampler.load_policy()
+    sampler.load_adapter(ours, tmp_path)
+    assert (logits_of(ours.eval(), batch) - logits_of(theirs, batch)).abs().max() < 1e-4
+
+
+# ------------------------------------------------------------------------- SAM
+
+
+@pytest.fixture(scope="module")
+def scene():
+    from assets.make_demo import draw_scene
+
+    return draw_scene(np.random.default_rng(4), 4)
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return sampler.Segmenter()
+
+
+def prompts_of(objects):
+    """Box, grid and true labels of every object; the second with half of its points."""
+    prompts = []
+    for i, o in enumerate(objects):
+        box = data.mask_to_box(o.mask)
+        points = sampler.grid_points(box, 128, 128)[:: 1 + (i == 1)]
+        prompts.append((box, points, sampler.label_points(points, o.mask)))
+    return prompts
+
+
+def test_sam_finds_the_objects(scene, segmenter):
+    image, objects = scene
+    segmenter.set_image(image)
+    results = segmenter.segment(prompts_of(objects))
+    for (mask, score), o in zip(results, objects):
+        assert mask.shape == (128, 128) and mask.dtype == bool
+        assert data.mask_iou(mask, o.mask)[2] > 0.6 and 0.3 < score < 1.2
+
+
+def test_prompts_together_give_the_masks_of_prompts_alone(scene, segmenter):
+    image, objects = scene
+    segmenter.set_image(image)
+    prompts = prompts_of(objects) + [(prompts_of(objects)[0][0], np.zeros((0, 2)), np.zeros(0))]
+    for prompt, (mask, score) in zip(prompts, segmenter.segment(prompts)):
+        ((alone, alone_score),) = segmenter.segment([prompt])
+        assert (mask != alone).mean() < 1e-3 and math.isclose(score, alone_score, abs_tol=1e-4)
+
+
+def test_the_embedding_is_computed_once_per_image_and_forgotten_in_turn(scene):
+    image, objects = scene
+    segmenter = sampler.Segmenter(cache_size=2)
+    calls = []
+    segmenter.predictor.model.image_encoder.register_forward_hook(lambda *_: calls.append(1))
+    segmenter.set_image(image, "a")
+    first = segmenter.segment(prompts_of(objects))[0][0]
+    segmenter.set_image(Image.new("RGB", (128, 128)), "b")
+    segmenter.set_image(image, "a")
+    assert len(calls) == 2 and (segmenter.segment(prompts_of(objects))[0][0] == first).all()
+    segmenter.set_image(image, "c")
+    segmenter.set_image(image, "b")
+    assert len(calls) == 4  # b was the one unused for longest
+
+
+def test_several_boxes_unite(scene, segmenter):
+    image, objects = scene
+    segmenter.set_image(image)
+    prompts = prompts_of(objects)[:2]
+    one, two = (mask for mask, _ in segmenter.segment(prompts))
+    assert (segmenter.segment_union(prompts)[0] == (one | two)).all()
+
+
+def test_masks_come_at_the_size_of_a_non_square_image(segmenter):
+    segmenter.set_image(Image.new("RGB", (300, 170)))
+    ((mask, _),) = segmenter.segment([((10, 10, 90, 60), np.zeros((0, 2)), np.zeros(0))])
+    assert mask.shape == (170, 300)
+
+
+def test_files_that_are_no_sam_are_refused_by_name(tmp_path):
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    torch.save(open, tmp_path / "code.pth")
+    for name, message in {
+        "none.pth": "does not exist",
+        "text.pth": "not a file of SAM weights",
+        "other.pth": "holds no SAM",
+        "code.pth": "not a file of SAM weights",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            sampler.load_sam(tmp_path / name)
+
+
+def test_the_published_sam_is_recognised_by_its_weights(tmp_path):
+    from segment_anything import sam_model_registry
+
+    state = sam_model_registry["vit_b"]().state_dict()
+    torch.save(state, tmp_path / "any_name.pth")
+    loaded = sampler.load_sam(tmp_path / "any_name.pth")
+    assert len(loaded.image_encoder.blocks) == 12 and not loaded.training
+    assert torch.equal(
+        loaded.state_dict()["mask_decoder.iou_token.weight"], state["mask_decoder.iou_token.weight"]
+    )
+
+
+def test_mobile_sam_attends_with_its_own_biases():
+    """NOTE in load_sam: entering eval mode before the weights are there caches wrong biases."""
+    weights = SHARED / "weights" / "mobile_sam.pt"
+    pytest.importorskip("mobile_sam")
+    if not weights.exists():
+        pytest.skip("needs the real MobileSAM weights")
+    sam = sampler.load_sam(weights)
+    checked = 0
+    for module in sam.image_encoder.modules():
+        if hasattr(module, "attention_biases"):
+            assert torch.equal(module.ab, module.attention_biases[:, module.attention_bias_idxs])
+            checked += 1
+    assert checked > 5
