@@ -33,7 +33,7 @@ def tiny():
 
 @pytest.fixture
 def run(tmp_path):
-    """run("sft.py --max_step 1", processes=2) -> stdout, in its own folder; an error fails the test."""
+    """run("sft.py --max_step 1", processes=2) -> stdout, in its own folder; an error fails it."""
 
     def call(command, processes=1, fails=False):
         script, *options = command.split()
