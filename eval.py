@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
@@ -142,25 +142,19 @@ def place_points(box_px, width, height, args, rng):
 
 
 def ask_boxes(model, processor, images, phrases, args):
-    """Stage I: images and phrases (B) -> [(text, boxes (N, 4) in pixels or None)]."""
+    """Stage I: images and phrases (B) -> [(text, boxes (N, 4) in pixels; (0, 4) if unreadable)]."""
     frames = [sampler.answer_frame(model, processor, *image.size) for image in images]
     prompts = [
         data.box_prompt(phrase, frame, args.use_think) for phrase, frame in zip(phrases, frames)
     ]
     batch = data.collate(processor, images, prompts)
+    answers = sampler.generate(model, processor, batch, args.max_new_tokens, args.temperature)
     found = []
-    for (text, _), image, frame in zip(
-        sampler.generate(model, processor, batch, args.max_new_tokens, args.temperature),
-        images,
-        frames,
-    ):
-        boxes = data.parse_boxes(text)
-        if boxes is not None:
-            boxes = data.rescale(boxes, frame, image.size).clip(0, image.size * 2)
-            boxes = boxes[
-                (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-            ]  # wholly outside
-        found.append((text, boxes if boxes is not None and len(boxes) else None))
+    for (text, _), image, frame in zip(answers, images, frames):
+        boxes = np.reshape(data.parse_boxes(text) or [], (-1, 4))
+        boxes = data.rescale(boxes, frame, image.size).clip(0, [*image.size, *image.size])
+        inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        found.append((text, boxes[inside]))
     return found
 
 
@@ -172,86 +166,83 @@ def ask_labels(model, processor, images, phrases, points, args):
         for phrase, p, image, frame in zip(phrases, points, images, frames)
     ]
     batch = data.collate(processor, images, prompts)
+    answers = sampler.generate(model, processor, batch, args.max_new_tokens, args.temperature)
     judged = []
-    for (text, char_probs), p in zip(
-        sampler.generate(model, processor, batch, args.max_new_tokens, args.temperature), points
-    ):
-        where = data.label_positions(text)
-        if where is None or len(where) != len(p):  # never a partial match of labels to points
-            judged.append((text, None, []))
-        else:
-            judged.append(
-                (text, [int(text[i]) for i in where], char_probs[where].round(4).tolist())
-            )
+    for (text, char_probs), p in zip(answers, points):
+        where, labels, confidence = data.label_positions(text), None, []
+        if where and len(where) == len(p):  # never a partial match of labels to points
+            labels = [int(text[i]) for i in where]
+            confidence = char_probs[where].round(4).tolist()
+        judged.append((text, labels, confidence))
     return judged
 
 
-def predict(model, processor, samples, phrases, args, rng):
-    """Stages I and II for a batch of samples -> images, and rows with boxes, points, labels."""
-    images = [sample.image() for sample in samples]
-    rows = [
-        {"answer_box": None, "answer_points": None, "labels": None, "confidence": []}
-        for _ in samples
-    ]
+def predict(model, processor, images, phrases, truths, args, rng):
+    """Stages I and II for a batch of images and phrases (B) -> rows with boxes, points, labels.
+
+    `truths`: masks (B), looked at with --oracle only.
+    """
+    nothing = {"answer_box": None, "answer_points": None, "labels": None, "confidence": []}
+    rows = [dict(nothing) for _ in images]
     if args.oracle:
-        boxes = [data.mask_to_box(sample.mask)[None] for sample in samples]
+        boxes = [data.mask_to_box(truth)[None] for truth in truths]
     else:
         answers, boxes = zip(*ask_boxes(model, processor, images, phrases, args))
         for row, text in zip(rows, answers):
             row["answer_box"] = text
     for row, found, image in zip(rows, boxes, images):
-        found = np.zeros((0, 4)) if found is None else found
         grids = [place_points(box, *image.size, args, rng) for box in found]
-        row.update(boxes=found, grids=grids, points=np.concatenate([np.zeros((0, 2)), *grids]))
+        points = np.concatenate([np.zeros((0, 2)), *grids])
+        row.update(box_px=found, points_px=points, grids=grids)
     if args.oracle == "points":
-        for row, sample in zip(rows, samples):
-            row["labels"] = sampler.label_points(row["points"], sample.mask).tolist()
+        for row, truth in zip(rows, truths):
+            row["labels"] = sampler.label_points(row["points_px"], truth).tolist()
             row["confidence"] = [1.0] * len(row["labels"])
-        return images, rows
-    asked = [i for i, row in enumerate(rows) if len(row["points"])]
+        return rows
+    asked = [i for i, row in enumerate(rows) if len(row["points_px"])]
     if asked:
         pick = lambda values: [values[i] for i in asked]
-        points = [rows[i]["points"] for i in asked]
+        points = [rows[i]["points_px"] for i in asked]
         answers = ask_labels(model, processor, pick(images), pick(phrases), points, args)
         for i, (text, labels, confidence) in zip(asked, answers):
             rows[i].update(answer_points=text, labels=labels, confidence=confidence)
-    return images, rows
+    return rows
 
 
 def segment(segmenter, image, key, row, args):
-    """Stage III: a row's boxes and kept points -> (mask bool (H, W), SAM's score)."""
-    if not len(row["boxes"]):
+    """Stage III: a row's boxes and the points it is sure of -> (mask bool (H, W), SAM's score)."""
+    if not len(row["box_px"]):
         return np.zeros(image.size[::-1], dtype=bool), 0.0
     prompts, start = [], 0
-    for box, grid in zip(row["boxes"], row["grids"]):
-        end, points, labels = start + len(grid), grid, np.zeros(0)
-        if row["labels"] is None:
-            points = np.zeros((0, 2))
-        else:
-            labels = np.array(row["labels"][start:end])
-            keep = sampler.confident(labels, row["confidence"][start:end], args.theta)
-            points, labels = grid[keep], labels[keep]
-        prompts.append((box, points, labels))
-        start = end
+    for box, grid in zip(row["box_px"], row["grids"]):  # every box with its own points
+        part = slice(start, start + len(grid))
+        keep = np.zeros(len(grid), dtype=bool)  # no readable labels: SAM gets the box alone
+        labels = np.zeros(len(grid))
+        if row["labels"] is not None:
+            labels = np.array(row["labels"][part])
+            keep = sampler.confident(labels, row["confidence"][part], args.theta)
+        prompts.append((box, grid[keep], labels[keep]))
+        start = part.stop
     segmenter.set_image(image, key)
     return segmenter.segment_union(prompts)
 
 
-def score(row, sample, phrase, mask, sam_score, asked):
+def score(row, sample, sentence, mask, sam_score, asked):
     """The line of predictions.jsonl for one phrase; `asked`: whether points were judged at all."""
     truth = sample.mask
     true_box = data.mask_to_box(truth)
     inter, union, iou = data.mask_iou(mask, truth)
     return {
         "ref_id": sample.ref_id,
+        "sentence": sentence,
         "image": sample.image_path.name,
-        "phrase": phrase,
+        "phrase": sample.phrases[sentence],
         "class_name": sample.class_name,
         "scale": data.size_word(data.box_scale(true_box, truth.shape[1], truth.shape[0])),
         "answer_box": row["answer_box"],
         "answer_points": row["answer_points"],
-        "box_px": row["boxes"].round(2).tolist(),
-        "points_px": row["points"].round(2).tolist(),
+        "box_px": row["box_px"].round(2).tolist(),
+        "points_px": row["points_px"].round(2).tolist(),
         "labels": row["labels"],
         "confidence": row["confidence"],
         "sam_score": round(sam_score, 4),
@@ -259,9 +250,9 @@ def score(row, sample, phrase, mask, sam_score, asked):
         "inter": inter,
         "union": union,
         "iou": iou,
-        "box_iou": box_score(row["boxes"], true_box),
-        "point_acc": point_score(row["labels"], row["points"], truth) if asked else None,
-        "failed": not len(row["boxes"]),
+        "box_iou": box_score(row["box_px"], true_box),
+        "point_acc": point_score(row["labels"], row["points_px"], truth) if asked else None,
+        "failed": not len(row["box_px"]),
     }
 
 
@@ -282,11 +273,12 @@ def validate(model, processor, samples, use_think=False, batch_size=64, limit=20
     model.eval()
     for start in range(0, min(limit, len(samples)), batch_size):
         batch = samples[start : min(start + batch_size, limit)]
-        _, rows = predict(model, processor, batch, [s.phrases[0] for s in batch], args, rng)
-        for row, sample in zip(rows, batch):
-            truth = sample.mask
-            points = point_score(row["labels"], row["points"], truth)
-            scores.append((box_score(row["boxes"], data.mask_to_box(truth)), points))
+        truths, phrases = [s.mask for s in batch], [s.phrases[0] for s in batch]
+        images = [s.image() for s in batch]
+        rows = predict(model, processor, images, phrases, truths, args, rng)
+        for row, truth in zip(rows, truths):
+            points = point_score(row["labels"], row["points_px"], truth)
+            scores.append((box_score(row["box_px"], data.mask_to_box(truth)), points))
     model.train(was_training)
     box_iou, point_acc = np.mean(scores, axis=0).tolist()
     return {"box_iou": box_iou, "point_acc": point_acc}
@@ -302,17 +294,22 @@ def fingerprint(path):
     return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
 
+def read_rows(path):
+    """The lines of a predictions file, less one that was cut short when its process was killed."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
 def gather_predictions(folder):
-    """Fold the ranks' parts into predictions.jsonl, drop a line cut short, return all rows."""
-    path, rows = folder / "predictions.jsonl", {}
+    """Fold the ranks' parts into predictions.jsonl; all rows by (ref, sentence)."""
+    path = folder / "predictions.jsonl"
     parts = [path, *sorted(folder.glob("predictions.jsonl.rank*"))]
-    for part in parts:
-        for line in part.read_text().splitlines() if part.is_file() else ():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # the process was killed while it wrote this line
-            rows[row["ref_id"], row["phrase"]] = row
+    rows = {(row["ref_id"], row["sentence"]): row for part in parts for row in read_rows(part)}
     new = path.with_suffix(".new")
     new.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     os.replace(new, path)
@@ -321,9 +318,9 @@ def gather_predictions(folder):
     return rows
 
 
-def overlay(image, row, mask, truth=None, side=512):
-    """Picture of a prediction: mask in blue, truth outlined in yellow, box in white, points kept or
-    dropped as large or small dots, green for 1 and red for 0."""
+def overlay(image, row, caption, theta, mask, truth=None, side=512):
+    """The image, and beside it what was made of it: mask in blue, truth outlined in yellow, box in
+    white, points green for 1 and red for 0, small where the model's doubt dropped them."""
     zoom = max(1, round(side / max(image.size)))
     size = (image.width * zoom, image.height * zoom)
     enlarge = lambda m: np.asarray(Image.fromarray(m).resize(size, Image.NEAREST))
@@ -331,44 +328,40 @@ def overlay(image, row, mask, truth=None, side=512):
     pixels[enlarge(mask)] = pixels[enlarge(mask)] * 0.5 + np.array([40, 110, 255]) * 0.5
     if truth is not None:
         truth = enlarge(truth)
-        inner = truth.copy()
-        for axis in (0, 1):
-            for step in (-2, 2):
-                inner &= np.roll(truth, step, axis)
-        pixels[truth & ~inner] = (255, 220, 0)
+        shifted = [np.roll(truth, step, axis) for axis in (0, 1) for step in (-2, 2)]
+        pixels[truth & ~np.logical_and.reduce(shifted)] = (255, 220, 0)
     picture = Image.fromarray(pixels.astype(np.uint8))
     draw = ImageDraw.Draw(picture)
-    for box in row["boxes"]:
+    for box in row["box_px"]:
         draw.rectangle((np.array(box) * zoom).tolist(), outline="white", width=2)
-    for (x, y), label, sure in zip(row["points"] * zoom, row["labels"] or (), row["confidence"]):
-        r = 5 if sure >= row["theta"] else 2
+    points = np.array(row["points_px"]) * zoom
+    for (x, y), label, sure in zip(points, row["labels"] or (), row["confidence"]):
+        r = 5 if sure >= theta else 2
         draw.ellipse([x - r, y - r, x + r, y + r], fill="lime" if label else "red", outline="black")
-    return picture
+    sheet = Image.new("RGB", (2 * size[0] + 4, size[1] + 28), "white")
+    sheet.paste(image.resize(size), (0, 0))
+    sheet.paste(picture, (size[0] + 4, 0))
+    font = ImageFont.load_default(18)
+    ImageDraw.Draw(sheet).text((4, size[1] + 3), caption, fill="black", font=font)
+    return sheet
 
 
 def report(metrics):
     """The table that is printed."""
-    protocol = " · ".join(f"{key} {value}" for key, value in metrics["protocol"].items())
-    lines = [
-        protocol,
-        "",
-        f"{'':<16}{'n':>6}{'mIoU':>8}{'oIoU':>8}" + "".join(f"{f'Pr@{t}':>8}" for t in THRESHOLDS),
-    ]
-    lines[-1] += f"{'box IoU':>9}{'points':>8}"
+    names = ["n", "mIoU", "oIoU", *(f"Pr@{t}" for t in THRESHOLDS), "box IoU", "points"]
+    keys = ["n", "miou", "oiou", *(f"pr@{t}" for t in THRESHOLDS), "box_iou", "point_acc"]
     groups = {"all": metrics}
     groups |= {f"{name} ({SCALES[name]})": m for name, m in metrics["by_scale"].items()}
     groups |= metrics["by_class"]
+    lines = [" · ".join(f"{key} {value}" for key, value in metrics["protocol"].items()), ""]
+    lines.append(f"{'':<24}" + "".join(f"{name:>8}" for name in names))
     for name, m in groups.items():
-        shares = [m["miou"], m["oiou"], *(m[f"pr@{t}"] for t in THRESHOLDS)]
-        line = f"{name:<16}{m['n']:>6}" + "".join(f"{share:8.3f}" for share in shares)
-        points = "       -" if m["point_acc"] is None else f"{m['point_acc']:8.3f}"
-        lines.append(f"{line}{m['box_iou']:9.3f}{points}")
+        cells = ["-" if m[k] is None else m[k] if k == "n" else f"{m[k]:.3f}" for k in keys]
+        lines.append(f"{name[:23]:<24}" + "".join(f"{cell:>8}" for cell in cells))
     lines.append(f"\n{metrics['n_failed']} of {metrics['n']} answers without a readable box")
     if "oracle_miou" in metrics:
-        lines.append(
-            "best of n chosen by the truth (an oracle, not a result): "
-            f"mIoU {metrics['oracle_miou']:.3f}"
-        )
+        peek = "best of n chosen by the truth (an oracle, not a result): mIoU"
+        lines.append(f"{peek} {metrics['oracle_miou']:.3f}")
     return "\n".join(lines)
 
 
@@ -387,40 +380,65 @@ def segment_one(args, model, processor, segmenter, folder):
     """--image and --query: print box, points, reasoning and scores; write mask and overlay."""
     image = data.open_image(args.image)
     rng = np.random.default_rng(args.seed)
-    blank = {"encode": data.encode_rle(np.zeros(image.size[::-1], dtype=bool))}
-    sample = data.Sample(
-        Path(args.image), [args.query], "", 0, "", blank["encode"], image.size[::-1]
-    )
-    _, (row,) = predict(model, processor, [sample], [args.query], args, rng)
+    (row,) = predict(model, processor, [image], [args.query], [None], args, rng)
     mask, sam_score = segment(segmenter, image, args.image, row, args)
     name = folder / Path(args.image).stem
     Image.fromarray(mask).save(f"{name}_mask.png")
-    overlay(image, {**row, "theta": args.theta}, mask).save(f"{name}_overlay.png")
+    overlay(image, row, args.query, args.theta, mask).save(f"{name}_overlay.png")
     print(f"box answer    {row['answer_box']}")
     print(f"point answer  {row['answer_points']}")
-    print(
-        f"box (pixels)  {row['boxes'].round(1).tolist()}"
-        if len(row["boxes"])
-        else "no readable box: the mask is empty"
-    )
-    for point, label, sure in zip(
-        row["points"].round(1).tolist(), row["labels"] or (), row["confidence"]
-    ):
-        print(
-            f"  point {point}: {label} (p = {sure:.2f}{'' if sure >= args.theta else ', dropped'})"
-        )
+    print(f"box (pixels)  {row['box_px'].round(1).tolist() or 'not readable: the mask is empty'}")
+    points = row["points_px"].round(1).tolist()
+    for point, label, sure in zip(points, row["labels"] or (), row["confidence"]):
+        kept = "" if sure >= args.theta else ", dropped"
+        print(f"  point {point}: {label} (p = {sure:.2f}{kept})")
     print(f"SAM's own score {sam_score:.2f}, mask of {mask.sum()} pixels")
     print(f"written: {name}_mask.png and {name}_overlay.png")
 
 
+def protocol_of(args, path):
+    """What was run, for metrics.json and the head of the table."""
+    grid = f"{args.points} alpha={args.alpha:g} k={args.k_min}-{args.k_max} theta={args.theta:g}"
+    return {
+        "option": args.option,
+        "split": args.split,
+        "model": f"oracle {args.oracle}" if args.oracle else path,
+        "sam": "tiny_sam" if args.sam_ckpt == str(sampler.TINY_SAM) else Path(args.sam_ckpt).name,
+        "size": "native",
+        "use_think": args.use_think,
+        "points": ("none" if args.points == "none" else grid) + " multimask" * args.multimask,
+        "decoding": f"tau={args.temperature:g} best of {args.best_of}"
+        if args.temperature
+        else "greedy",
+    }
+
+
+def start_or_resume(folder, args, state):
+    """Rows that an earlier run of the very same protocol, weights and seed left behind, by key."""
+    known = folder / "args.json"
+    if (
+        not args.resume
+        or not known.is_file()
+        or json.loads(known.read_text()).get("state") != state
+    ):
+        for old in folder.glob("predictions.jsonl*"):
+            old.unlink()
+    known.write_text(json.dumps({**vars(args), "state": state}, indent=2))
+    done = gather_predictions(folder)
+    if done:
+        print(f"{len(done)} answers are in {folder}/predictions.jsonl (--no-resume starts over)")
+    return done
+
+
 def main(args):
     # 1. Model, SAM, folder. Under torchrun every process takes its share of the images.
+    start = time.time()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")  # only to wait for one another
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    start = time.time()
+    wait = dist.barrier if world > 1 else lambda: None
     torch.manual_seed(args.seed + rank)
     path = args.eval_model_path or default_model(args.log_dir)
     needs_model = args.oracle != "points" and not (args.oracle == "box" and args.points == "none")
@@ -433,120 +451,74 @@ def main(args):
     if args.image:
         return segment_one(args, model, processor, segmenter, folder)
 
-    # 2. What is to be done, less what an earlier run of the same protocol has done.
-    if rank == 0 and args.option == "demo":  # make it before the others look for it
-        data.load_samples(args.option, args.data_root)
-    if world > 1:
-        dist.barrier()
+    # 2. What is to be done, less what an earlier run has done.
+    if rank > 0:
+        wait()  # for rank 0 to make the demo set and to gather what is there
     samples = data.load_samples(args.option, args.data_root, args.split)
-    grid = f"{args.points} alpha={args.alpha:g} k={args.k_min}-{args.k_max} theta={args.theta:g}"
-    protocol = {
-        "option": args.option,
-        "split": args.split,
-        "model": f"oracle {args.oracle}" if args.oracle else path,
-        "sam": Path(args.sam_ckpt).name if args.sam_ckpt != str(sampler.TINY_SAM) else "tiny_sam",
-        "size": "native",
-        "use_think": args.use_think,
-        "points": "none"
-        if args.points == "none"
-        else grid + (" multimask" if args.multimask else ""),
-        "decoding": "greedy"
-        if args.temperature == 0
-        else f"tau={args.temperature:g} best of {args.best_of}",
-    }
-    state = {
-        **protocol,
-        "weights": fingerprint(path),
-        "sam_weights": fingerprint(args.sam_ckpt),
-        "seed": args.seed,
-    }
+    protocol = protocol_of(args, path)
     if rank == 0:
-        known = folder / "args.json"
-        if not (
-            args.resume and known.is_file() and json.loads(known.read_text()).get("state") == state
-        ):
-            for old in folder.glob("predictions.jsonl*"):
-                old.unlink()
-        known.write_text(json.dumps({**vars(args), "state": state}, indent=2))
-        done = gather_predictions(folder)
-        if done:
-            print(
-                f"{len(done)} answers are in {folder}/predictions.jsonl already "
-                "(--no-resume starts over)"
-            )
-    if world > 1:
-        dist.barrier()
-        done = {
-            (row["ref_id"], row["phrase"])
-            for row in map(json.loads, open(folder / "predictions.jsonl"))
-        }
-        dist.barrier()
-    samples.sort(
-        key=lambda sample: str(sample.image_path)
-    )  # an image's refs side by side, for the SAM cache
-    by_image = [list(group) for _, group in groupby(samples, key=lambda sample: sample.image_path)]
+        weights = [fingerprint(path), fingerprint(args.sam_ckpt)]
+        start_or_resume(folder, args, {**protocol, "weights": weights, "seed": args.seed})
+        wait()
+    done = {(row["ref_id"], row["sentence"]) for row in read_rows(folder / "predictions.jsonl")}
+    wait()  # nobody writes before all have read
+    by_path = lambda sample: str(sample.image_path)  # an image's refs side by side: one embedding
+    by_image = [list(group) for _, group in groupby(sorted(samples, key=by_path), key=by_path)]
     mine = [sample for group in by_image[rank::world] for sample in group]
-    todo = [
-        (s, p)
-        for s in mine
-        for p in s.phrases
-        if (s.ref_id, p) not in done
-        for _ in range(args.best_of)
-    ]
+    todo = [(sample, i) for sample in mine for i in range(len(sample.phrases))]
+    todo = [(sample, i) for sample, i in todo if (sample.ref_id, i) not in done]
 
     # 3. The three stages, batch by batch.
-    rng, drawn = np.random.default_rng(args.seed + rank), 0
-    step = max(1, args.batch_size // args.best_of) * args.best_of
+    rng, ious, drawn = np.random.default_rng(args.seed + rank), [], 0
+    step, n = max(1, args.batch_size // args.best_of), args.best_of
     part = folder / ("predictions.jsonl" if world == 1 else f"predictions.jsonl.rank{rank}")
+    if args.save_img:
+        (folder / "images").mkdir(exist_ok=True)
     bar = tqdm(total=len(todo), desc="evaluating", disable=rank > 0)
-    ious = []
     with open(part, "a") as file:
         for batch in (todo[i : i + step] for i in range(0, len(todo), step)):
-            images, rows = predict(model, processor, *map(list, zip(*batch)), args, rng)
-            lines = []
-            for (sample, phrase), image, row in zip(batch, images, rows):
-                mask, sam_score = segment(segmenter, image, sample.image_path, row, args)
-                lines.append(score(row, sample, phrase, mask, sam_score, args.points != "none"))
+            images = [sample.image() for sample, _ in batch for _ in range(n)]
+            phrases = [sample.phrases[i] for sample, i in batch for _ in range(n)]
+            truths = [sample.mask for sample, _ in batch for _ in range(n)]
+            rows = predict(model, processor, images, phrases, truths, args, rng)
+            for k, (sample, i) in enumerate(batch):
+                lines = []
+                for image, row in zip(images[k * n : k * n + n], rows[k * n : k * n + n]):
+                    mask, sam_score = segment(segmenter, image, sample.image_path, row, args)
+                    lines.append(score(row, sample, i, mask, sam_score, args.points != "none"))
+                line = best(lines) if n > 1 else lines[0]
+                file.write(json.dumps(line) + "\n")
+                ious.append(line["iou"])
                 if args.save_img and rank == 0 and drawn < args.max_img:
-                    (folder / "images").mkdir(exist_ok=True)
-                    picture = overlay(image, {**row, "theta": args.theta}, mask, sample.mask)
-                    picture.save(
-                        folder / "images" / f"{sample.ref_id}_{'_'.join(phrase.split())[:60]}.png"
-                    )
+                    mask = data.decode_rle(line["rle"])
+                    caption = f"{line['phrase']} (IoU {line['iou']:.2f})"
+                    picture = overlay(images[k * n], line, caption, args.theta, mask, truths[k * n])
+                    picture.save(folder / "images" / f"{sample.ref_id}_{i}.png")
                     drawn += 1
-            if args.best_of > 1:
-                lines = [
-                    best(lines[i : i + args.best_of]) for i in range(0, len(lines), args.best_of)
-                ]
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
-            ious += [line["iou"] for line in lines]
             bar.update(len(batch))
             bar.set_postfix(miou=f"{np.mean(ious):.3f}")
     bar.close()
+    wait()
 
     # 4. Metrics, over the file: what is reported is what was written.
-    if world > 1:
-        dist.barrier()
     if rank == 0:
         rows = list(gather_predictions(folder).values())
+        group = lambda key, name: summarize([row for row in rows if row[key] == name])
         metrics = summarize(rows)
-        by = lambda key, names: {
-            n: summarize(r) for n in names if (r := [row for row in rows if row[key] == n])
-        }
-        metrics["by_scale"] = by("scale", SCALES)
-        metrics["by_class"] = by("class_name", sorted({row["class_name"] for row in rows}))
-        if args.best_of > 1:
-            metrics["oracle_miou"] = float(np.mean([row["oracle_iou"] for row in rows]))
+        metrics["by_scale"] = {name: m for name in SCALES if (m := group("scale", name))}
+        classes = sorted({row["class_name"] for row in rows})
+        metrics["by_class"] = {name: group("class_name", name) for name in classes}
+        if n > 1:
+            metrics["oracle_miou"] = np.mean([row["oracle_iou"] for row in rows])
         metrics |= {"seconds": round(time.time() - start, 1), "protocol": protocol}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, default=float))
         print(report(metrics))
-        print(
-            f"{metrics['seconds']} s; written: {folder}/metrics.json, predictions.jsonl"
-            + (", images/" if drawn else "")
+        written = "metrics.json, predictions.jsonl" + (
+            f", {drawn} pictures in images/" * bool(drawn)
         )
+        print(f"{metrics['seconds']} s; written to {folder}: {written}")
     if world > 1:
-        dist.barrier()
         dist.destroy_process_group()
 
 
