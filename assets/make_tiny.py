@@ -13,7 +13,9 @@ What made grounding learnable at this size:
 1. A dense auxiliary loss: every vision token behind the merger says which object it lies on (class,
    colour), where that object's edges are and which parts of itself are covered. Without it, 16,000
    one-object scenes taught the model nothing of position; with it, the answers follow what the
-   tokens know from the first minute on. The head that it needs is thrown away.
+   tokens know from the first minute on. Likewise, the last token of every point in a question says
+   what lies under that point: without it, labels stay a pattern learnt by heart. The heads are
+   thrown away.
 2. Position embeddings that start as sines and cosines of row and column, and Muon on the matrices.
 3. Points that are scattered, not only laid out in a grid: over a grid, the model learns by heart
    which pattern each class gives, and never looks.
@@ -195,6 +197,7 @@ class DenseHead(torch.nn.Module):
     def __init__(self, width=128):
         super().__init__()
         self.norm, self.out = torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.SIZES))
+        self.under = torch.nn.Linear(width, sum(self.SIZES[:2]))
 
     @staticmethod
     def targets(objects, cell=16):
@@ -237,9 +240,22 @@ class DenseHead(torch.nn.Module):
             torch.stack(losses[:2]).mean() + torch.stack(losses[2:]).mean() + edge_loss + part_loss
         )
 
+    def points(self, hidden, under):
+        """Hidden states (B, T, D) of the text -> loss of class and colour under each point."""
+        ends = under[..., 0] >= 0
+        guesses = self.under(hidden[ends].float()).split(self.SIZES[:2], -1)
+        losses = [
+            F.cross_entropy(guess, under[ends][:, i], ignore_index=-100)
+            for i, guess in enumerate(guesses)
+        ]
+        return torch.stack(losses).mean()
+
 
 def questions(rng, objects):
-    """(prompt, answer) pairs about one scene: the box of every object, the points of one."""
+    """(prompt, answer, under) about one scene: the box of every object, the points of one.
+
+    `under` (N, 2): class and colour of what lies under each point, None for a box question.
+    """
     size, pairs = make_demo.SIZE, []
     judged = rng.integers(len(objects))
     for i, target in enumerate(objects):
@@ -250,7 +266,7 @@ def questions(rng, objects):
         think = bool(rng.random() < 0.4)
         why = data.rationale(target.class_name, box, size, size) if think else None
         relative = data.rescale(box, (size, size), (1000, 1000))
-        pairs.append((data.box_prompt(phrase, think=think), data.answer(relative, why)))
+        pairs.append((data.box_prompt(phrase, think=think), data.answer(relative, why), None))
         if i == judged:
             jittered = sampler.jitter_box(box, size, size, rng)
             points = sampler.grid_points(jittered, size, size)
@@ -262,9 +278,13 @@ def questions(rng, objects):
                 points = sampler.random_points(around, int(rng.integers(6, 17)), rng)
             relative = data.rescale(points, (size, size), (1000, 1000))
             labels = sampler.label_points(points, target.mask)
-            pairs.append(
-                (data.point_prompt(phrase, relative, think=think), data.answer(labels, why))
-            )
+            under = np.array([[len(make_demo.OUTLINES), -100]] * len(points))
+            for o in objects:
+                kind = list(make_demo.OUTLINES).index(o.class_name)
+                hit = sampler.label_points(points, o.mask) == 1
+                under[hit] = kind, list(make_demo.COLORS).index(o.color)
+            prompt = data.point_prompt(phrase, relative, think=think)
+            pairs.append((prompt, data.answer(labels, why), under))
     return pairs
 
 
@@ -280,24 +300,32 @@ class Packer:
         one = processor(images=[blank], text=[prefix], return_tensors="pt")
         self.prefix, self.grid = one["input_ids"][0].tolist(), one["image_grid_thw"]
         kinds = one["mm_token_type_ids"]
-        self.places = model.model.get_rope_index(one["input_ids"], kinds, image_grid_thw=self.grid)[
-            0
-        ][:, 0]  # (3, P)
+        places, _ = model.model.get_rope_index(one["input_ids"], kinds, image_grid_thw=self.grid)
+        self.places = places[:, 0]  # (3, P)
 
     def row(self, pairs):
-        """-> ids, labels (-100 off the answers), segments (0: the image), positions (3, T)."""
+        """-> ids, labels (-100 off the answers), segments (0: the image), positions (3, T), and
+        what lies under the point that a token ends, (T, 2), -100 elsewhere."""
         ids, labels, segment = list(self.prefix), [-100] * len(self.prefix), [0] * len(self.prefix)
+        unders = [torch.full((len(self.prefix), 2), -100)]
         places, start = [self.places], int(self.places.max()) + 1
-        for i, (prompt, answer) in enumerate(pairs):
+        for i, (prompt, answer, under) in enumerate(pairs):
             question, target = self.encode(prompt + TURN), [*self.encode(answer), self.eos]
             ids += question + target
             labels += [-100] * len(question) + target
             segment += [i + 1] * len(question + target)
             places.append((start + torch.arange(len(question + target))).expand(3, -1))
-        return ids, labels, segment, torch.cat(places, 1)
+            unders.append(torch.full((len(question + target), 2), -100))
+            if under is not None:
+                pieces = self.processor.tokenizer.convert_ids_to_tokens(question)
+                pairs_of = enumerate(zip(pieces, pieces[1:]))
+                ends = [t for t, (a, b) in pairs_of if a.isdigit() and b[0] == "]"]
+                unders[-1][ends] = torch.tensor(under)
+        return ids, labels, segment, torch.cat(places, 1), torch.cat(unders)
 
     def batch(self, scenes):
-        """[(image, row, dense)] -> model inputs, labels, dense targets; padded on the right."""
+        """[(image, row, dense)] -> model inputs, labels, dense targets, what lies under the points;
+        padded on the right."""
         longest = max(len(row[0]) for _, row, _ in scenes)
         stack = lambda k, value: torch.tensor(
             [row[k] + [value] * (longest - len(row[k])) for _, row, _ in scenes]
@@ -319,7 +347,10 @@ class Packer:
             "pixel_values": images["pixel_values"],
             "image_grid_thw": images["image_grid_thw"],
         }
-        return inputs, labels, torch.cat([dense for _, _, dense in scenes])
+        unders = [
+            F.pad(row[4], (0, 0, 0, longest - len(row[4])), value=-100) for _, row, _ in scenes
+        ]
+        return inputs, labels, torch.cat([dense for _, _, dense in scenes]), torch.stack(unders)
 
 
 def stream(packer, args):
@@ -359,7 +390,7 @@ def train_vlm(args):
     )
     bar, batches = trange(args.steps), stream(packer, args)
     for step in bar:
-        inputs, labels, dense = next(batches)
+        inputs, labels, dense, under = next(batches)
         with torch.autocast("cpu", torch.bfloat16):  # a fifth faster here; the weights stay float32
             hidden = model.model(**inputs).last_hidden_state  # (B, T, D)
             # logits only where an answer token is predicted
@@ -367,14 +398,17 @@ def train_vlm(args):
             logits = model.lm_head(hidden[:, :-1][target != -100])  # (answer tokens, V)
         loss = F.cross_entropy(logits.float(), target[target != -100])
         dense_loss = head(seen.pop(), dense)
-        (loss + dense_loss).backward()
+        point_loss = head.points(hidden, under)
+        (loss + dense_loss + point_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip((muon, adamw), schedules):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
         if step % 50 == 0:
-            bar.write(f"step {step}: answers {loss.item():.4f}, dense {dense_loss.item():.4f}")
+            parts = {"answers": loss, "dense": dense_loss, "points": point_loss}
+            losses = ", ".join(f"{name} {part.item():.3f}" for name, part in parts.items())
+            bar.write(f"step {step}: {losses}")
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             model.save_pretrained(args.out)
             processor.save_pretrained(args.out)
