@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from sampler import InputError
@@ -76,6 +76,9 @@ def mask_to_box(mask):
 # difference to run i - 2, in 5-bit groups, low first: char = 48 + group (+ 32 if more follow).
 
 
+MOST_PIXELS = 2**31  # of a mask that we are willing to decode
+
+
 def encode_rle(mask):
     """bool (H, W) -> {"size": [H, W], "counts": str}, byte-identical with pycocotools."""
     flat = np.asarray(mask, dtype=bool).T.ravel()
@@ -98,15 +101,17 @@ def _uncompress(counts):
     """The compressed string -> run lengths (R,). Vectorised: every char belongs to one value."""
     group = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
     group = group.astype(np.int64) - 48
-    if group.size and (group.min() < 0 or group.max() > 63 or group[-1] & 32):
+    if not group.size:
+        return group
+    if group.min() < 0 or group.max() > 63 or group[-1] & 32:
         raise InputError("RLE counts: a character outside COCO's alphabet, or a cut string")
     ends = np.flatnonzero(group < 32)  # the last char of each value
     starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
     length = ends - starts + 1
     shift = 5 * (np.arange(group.size) - np.repeat(starts, length))
-    if shift.size and shift.max() > 55:
+    if shift.max() > 55:
         raise InputError("RLE counts: a run longer than any image")
-    value = np.add.reduceat((group & 31) << shift, starts) if ends.size else ends
+    value = np.add.reduceat((group & 31) << shift, starts)
     value -= (group[ends] & 16 > 0) * (1 << (5 * length))  # sign-extend
     runs = value.copy()  # undo the differences: odd and even runs are two running sums
     runs[1::2] = np.cumsum(value[1::2])
@@ -115,14 +120,18 @@ def _uncompress(counts):
 
 
 def decode_rle(rle):
-    """{"size": [H, W], "counts": str | bytes | list} -> bool (H, W)."""
+    """{"size": [H, W], "counts": str | bytes | list} -> bool (H, W). Else InputError."""
     try:
         height, width = (int(side) for side in rle["size"])
         counts = rle["counts"]
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"an RLE needs size [h, w] and counts, found {str(rle)[:80]}") from None
-    runs = np.array(counts, np.int64) if isinstance(counts, list) else _uncompress(counts)
-    if height < 0 or width < 0 or (runs < 0).any() or runs.sum() != height * width:
+        runs = np.array(counts, np.int64) if isinstance(counts, list) else _uncompress(counts)
+    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+        raise InputError(
+            f"not an RLE of size [h, w] and counts: {str(rle)[:60]} ({error})"
+        ) from None
+    if not 0 <= height * width <= MOST_PIXELS or height < 0:
+        raise InputError(f"an RLE of size {height} x {width}")
+    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
         raise InputError(f"RLE runs do not add up to its size {height} x {width}")
     values = np.zeros(len(runs), dtype=bool)
     values[1::2] = True
@@ -143,10 +152,18 @@ def decode_segmentation(segmentation, height, width):
             raise InputError("the RLEs of one segmentation differ in size")
         return np.logical_or.reduce(masks)  # NOTE: a sum compared with == 1 would drop overlaps
     parts = parts if isinstance(parts[0], list) else [parts]
-    canvas = Image.new("1", (width, height))
+    # NOTE: PIL also fills the pixels under the outline, one too many to the right and below. So
+    # draw five times as large and look at the pixels' centres, as COCO does.
+    canvas = Image.new("1", (5 * width, 5 * height))
     for polygon in parts:
-        ImageDraw.Draw(canvas).polygon([float(v) for v in polygon], fill=1)
-    return np.array(canvas)
+        try:
+            corners = [5 * float(v) - 0.5 for v in polygon]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"not a segmentation: {str(segmentation)[:60]} ({error})") from None
+        if len(corners) < 6 or len(corners) % 2:
+            raise InputError(f"a polygon of {len(corners)} numbers, expected x, y, x, y, x, y")
+        ImageDraw.Draw(canvas).polygon(corners, fill=1)
+    return np.array(canvas)[2::5, 2::5]
 
 
 # ------------------------------------------------------------------------- samples
@@ -180,13 +197,23 @@ class Sample:
         return image if image.size == (width, height) else image.resize((width, height))
 
 
-def open_image(path):
-    """Any image file -> RGB PIL image; one clear line if it is missing or cannot be decoded."""
+def open_image(path, upright=False):
+    """Any image file -> RGB PIL image; one clear line if it is missing or cannot be decoded.
+
+    16-bit images are stretched to 8 bits (PIL would clip them to white). `upright` follows the EXIF
+    orientation: right for a photo, wrong where a mask was drawn on the stored pixels.
+    """
     try:
-        return Image.open(path).convert("RGB")
+        image = Image.open(path)
+        image = ImageOps.exif_transpose(image) if upright else image
+        if image.mode.startswith(("I", "F")):
+            values = np.asarray(image, dtype=np.float64)
+            values = (values - values.min()) / max(np.ptp(values), 1e-9) * 255
+            image = Image.fromarray(values.astype(np.uint8))
+        return image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"no image at {path}: check --data_root or --image") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot decode image {path} ({error}): fetch it again") from None
 
 
@@ -197,16 +224,28 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
+# what a damaged pickle makes the unpickler raise
+_UNPICKLING = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+)
+
+
 def read_refs(path):
     """`refs(unc).p` -> list of dicts, without ever importing a class that the pickle names."""
     try:
         with open(path, "rb") as file:
             refs = _PlainUnpickler(file).load()
-        assert isinstance(refs, list) and all("ann_id" in ref for ref in refs)
-        return refs
-    except (pickle.UnpicklingError, EOFError, AssertionError, TypeError, ValueError) as error:
-        why = str(error) or "it is not a list of refs"
-        raise InputError(f"{path} is refused ({why}): expected plain lists and dicts") from None
+    except (pickle.UnpicklingError, EOFError, *_UNPICKLING) as error:
+        raise InputError(f"{path} is refused ({error}): expected plain lists and dicts") from None
+    if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
+        raise InputError(f"{path} is refused: expected a list of dicts, one per ref")
+    return refs
 
 
 ALIASES = {
@@ -244,6 +283,9 @@ def load_samples(option, data_root, split=None, problems=None):
     if option == "demo":
         from assets.make_demo import make_demo
 
+        others = {p.parent.name for p in Path(data_root).glob("*/refs(unc).p")} - {"demo"}
+        if others:
+            raise InputError(f"{data_root} holds {', '.join(others)}: name the set with --option")
         make_demo(data_root)
     root, name = find_dataset(option, data_root)
     refs = read_refs(root / name / "refs(unc).p")
@@ -257,11 +299,14 @@ def load_samples(option, data_root, split=None, problems=None):
         raise InputError(f"{path}: cannot be read as COCO instances ({error!r})") from None
     folder = root / "images" / name / "JPEGImages"
     present = set(os.listdir(folder)) if folder.is_dir() else set()
-    samples = []
+    samples, known = [], set()
     for ref in refs:
         if split in (None, ref.get("split")):
             try:
                 samples.append(_sample(ref, *tables, folder, present))
+                if samples[-1].ref_id in known:
+                    raise InputError(f"{name} ref {samples.pop().ref_id}: its ref_id is used twice")
+                known.add(samples[-1].ref_id)
             except InputError as error:
                 if problems is None:
                     raise
@@ -275,21 +320,21 @@ def load_samples(option, data_root, split=None, problems=None):
 def _sample(ref, annotations, images, classes, folder, present):
     """Join a ref with its annotation, image and class, and check what can be checked cheaply."""
     where = f"{folder.parent.name} ref {ref.get('ref_id')}"
-    annotation = annotations.get(ref["ann_id"])
-    if annotation is None:
-        raise InputError(f"{where}: no annotation with id {ref['ann_id']} in instances.json")
     try:
+        annotation = annotations.get(ref["ann_id"])
+        if annotation is None:
+            raise InputError(f"{where}: no annotation with id {ref['ann_id']} in instances.json")
+        ref_id = ref["ref_id"]
         image = images[annotation["image_id"]]
         file_name, segmentation = image["file_name"], annotation["segmentation"]
         # RRSIS-D spells it categories_id
         category = annotation["category_id" if "category_id" in annotation else "categories_id"]
         phrases = [sentence["raw"].strip() for sentence in ref["sentences"]]
-        # in weakly labelled sets `raw` is the class name and `sent` keeps the accurate phrase
-        weak = any(s.get("sent", s["raw"]).lower() != s["raw"].lower() for s in ref["sentences"])
+        class_name = str(classes.get(category, {}).get("name", category)).replace("_", " ")
         first = segmentation[0] if isinstance(segmentation, list) and segmentation else segmentation
         size = first["size"] if isinstance(first, dict) else (image["height"], image["width"])
         height, width = map(int, size)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{where}: its record cannot be read ({error!r})") from None
     if file_name not in present:
         raise InputError(f"{where}: image {folder / file_name} is missing")
@@ -297,16 +342,16 @@ def _sample(ref, annotations, images, classes, folder, present):
         raise InputError(f"{where}: empty phrase")
     if height <= 0 or width <= 0:
         raise InputError(f"{where}: image {file_name} of size {width} x {height}")
-    class_name = str(classes.get(category, {}).get("name", category)).replace("_", " ")
+    letters = lambda text: re.sub("[^a-z]", "", text.lower())
     return Sample(
         image_path=folder / file_name,
         phrases=phrases,
         class_name=class_name,
-        ref_id=ref.get("ref_id"),
+        ref_id=ref_id,
         split=ref.get("split"),
         segmentation=segmentation,
         size=(height, width),
-        weak=weak,
+        weak=any(letters(phrase) == letters(class_name) for phrase in phrases),
     )
 
 
@@ -351,10 +396,16 @@ def point_prompt(phrase, points, frame=(1000, 1000), think=False):
     )
 
 
-def answer(values, rationale=None):
-    """Target text for a box (4,) in the model's frame or for labels (N,)."""
+def box_answer(box, rationale=None):
+    """Target text for a box (4,) in the model's frame, at least one unit wide and high."""
+    x1, y1, x2, y2 = np.rint(box).astype(int).tolist()
+    return point_answer([x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)], rationale)
+
+
+def point_answer(labels, rationale=None):
+    """Target text for labels (N,)."""
     think = f"<think>{rationale}</think>" if rationale else ""
-    return f"{think}<answer>[{','.join(str(int(v)) for v in np.rint(values))}]</answer>"
+    return f"{think}<answer>[{','.join(str(int(label)) for label in labels)}]</answer>"
 
 
 PLACES = [
@@ -405,7 +456,7 @@ def _answer_span(text):
 
 
 def parse_boxes(text):
-    """A model's text -> list of boxes (x1, y1, x2, y2) in the model's frame, or None. Never raises.
+    """A model's text -> list of boxes (x1, y1, x2, y2) in its frame, or None. No text raises.
 
     Accepts <answer>[…]</answer> around one box, a list of boxes, or Qwen's
     [{"bbox_2d": […]}], the last two also in a ```json fence, with or without <answer>.
@@ -442,7 +493,7 @@ def label_positions(text):
 
 
 def parse_labels(text):
-    """A model's text -> list of labels 0/1, or None if it is not a list of them. Never raises."""
+    """A model's text -> list of labels 0/1, or None if it is not a list of them. No text raises."""
     positions = label_positions(text)
     return None if positions is None else [int(text[i]) for i in positions]
 
@@ -457,6 +508,9 @@ def collate(processor, images, prompts, answers=None):
     `labels` is -100 everywhere but on the answer's tokens and its end-of-sequence token. The answer
     is tokenised on its own, behind the very prompt tokens that generation would start from.
     """
+    for image in images:
+        if max(image.size) >= 200 * min(image.size):  # what Qwen's processors refuse
+            raise InputError(f"an image of {image.width} x {image.height} is too long and thin")
     chats = [
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
         for prompt in prompts
@@ -518,18 +572,17 @@ def contact_sheet(samples, columns=6, rows=4, tile=224):
 
 def main(args):
     problems, off, empty, scales = [], [], 0, []
-    samples = load_samples(args.option, args.data_root, problems=problems)
-    sizes = {}
-    for sample in tqdm(samples, desc="reading masks and image headers"):
+    samples, sizes, sound = load_samples(args.option, args.data_root, problems=problems), {}, []
+    for sample in tqdm(samples, desc="reading masks and images"):
         height, width = sample.size
         try:
             if sample.image_path not in sizes:
-                with Image.open(sample.image_path) as image:
-                    sizes[sample.image_path] = image.size
+                sizes[sample.image_path] = open_image(sample.image_path).size
             box = mask_to_box(sample.mask)
-        except (InputError, OSError) as error:
-            problems.append(f"{sample.image_path}: {error}")
+        except InputError as error:
+            problems.append(str(error))
             continue
+        sound.append(sample)
         if sizes[sample.image_path] != (width, height):
             off.append(sample.image_path.name)
         empty += not box.any()
@@ -544,7 +597,9 @@ def main(args):
         "words per phrase": Counter(len(p.split()) for s in samples for p in s.phrases),
         "phrases per ref": Counter(len(s.phrases) for s in samples),
     }.items():
-        ordered = sorted(counts.items(), key=lambda item: item[0])
+        ordered = sorted(
+            counts.items(), key=lambda item: (isinstance(item[0], str), str(item[0]).zfill(3))
+        )
         print(f"{title}: " + ", ".join(f"{key} {count}" for key, count in ordered))
     print(
         f"weak phrases (the class name alone): {sum(s.weak for s in samples)}; empty masks: {empty}"
@@ -555,7 +610,7 @@ def main(args):
     )
     folder = Path(args.log_dir) / args.version_name
     folder.mkdir(parents=True, exist_ok=True)
-    contact_sheet(samples).save(folder / "contact_sheet.png")
+    contact_sheet(sound).save(folder / "contact_sheet.png")
     print(f"written: {folder / 'contact_sheet.png'}")
 
 

@@ -26,7 +26,9 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import time
+import zlib
 from itertools import groupby
 from pathlib import Path
 
@@ -89,6 +91,10 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.image) != bool(args.query and args.query.strip()):
         parser.error("--image and a non-empty --query go together")
+    if args.image and (args.oracle or args.best_of > 1):
+        parser.error("--oracle and --best_of need a data set, not --image")
+    if min(args.best_of, args.batch_size, args.k_min) < 1 or args.k_min > args.k_max:
+        parser.error("--best_of, --batch_size and --k_min start at 1; --k_max is at least --k_min")
     if args.best_of > 1 and args.temperature == 0:
         parser.error("--best_of needs answers that differ: set --temperature, for example 0.9")
     if args.paper:
@@ -118,7 +124,12 @@ def summarize(rows):
 
 
 def box_score(boxes, true_box):
-    """IoU of predicted boxes (N, 4) with one true box, N > 1 divided by N: extra boxes cost."""
+    """IoU of predicted boxes (N, 4) with one true box, N > 1 divided by N: extra boxes cost.
+
+    Where there is nothing to find (a box of zeros), 1 for no box and 0 for any.
+    """
+    if not np.any(true_box):
+        return float(not len(boxes))
     return float(data.box_iou(boxes, true_box).max() / len(boxes)) if len(boxes) else 0.0
 
 
@@ -177,20 +188,22 @@ def ask_labels(model, processor, images, phrases, points, args):
     return judged
 
 
-def predict(model, processor, images, phrases, truths, args, rng):
+def predict(model, processor, images, phrases, truths, args):
     """Stages I and II for a batch of images and phrases (B) -> rows with boxes, points, labels.
 
-    `truths`: masks (B), looked at with --oracle only.
+    `truths`: masks (B), looked at with --oracle only. Random points are drawn by phrase, so that
+    they do not depend on batches, processes or resuming.
     """
     nothing = {"answer_box": None, "answer_points": None, "labels": None, "confidence": []}
     rows = [dict(nothing) for _ in images]
     if args.oracle:
-        boxes = [data.mask_to_box(truth)[None] for truth in truths]
+        boxes = [data.mask_to_box(truth)[None][: int(truth.any())] for truth in truths]
     else:
         answers, boxes = zip(*ask_boxes(model, processor, images, phrases, args))
         for row, text in zip(rows, answers):
             row["answer_box"] = text
-    for row, found, image in zip(rows, boxes, images):
+    for row, found, image, phrase in zip(rows, boxes, images, phrases):
+        rng = np.random.default_rng([args.seed, zlib.crc32(phrase.encode())])
         grids = [place_points(box, *image.size, args, rng) for box in found]
         points = np.concatenate([np.zeros((0, 2)), *grids])
         row.update(box_px=found, points_px=points, grids=grids)
@@ -220,10 +233,10 @@ def segment(segmenter, image, key, row, args):
         labels = np.zeros(len(grid))
         if row["labels"] is not None:
             labels = np.array(row["labels"][part])
-            keep = sampler.confident(labels, row["confidence"][part], args.theta)
+            keep = sampler.confident(row["confidence"][part], args.theta)
         prompts.append((box, grid[keep], labels[keep]))
         start = part.stop
-    segmenter.set_image(image, key)
+    segmenter.set_image(image, (key, image.size))
     return segmenter.segment_union(prompts)
 
 
@@ -266,22 +279,30 @@ def best(candidates):
 
 
 def validate(model, processor, samples, use_think=False, batch_size=64, limit=200):
-    """Greedy box IoU and point accuracy of the first `limit` samples, without SAM: for training."""
+    """Greedy box IoU and point accuracy of `limit` samples spread evenly: for training, no SAM.
+
+    Every process takes its share; all get the result.
+    """
     args = get_args(["--use_think", str(use_think)])
-    rng, scores = np.random.default_rng(0), []
+    picks = np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    samples = [samples[i] for i in picks[rank::world]]
+    totals = torch.zeros(3, dtype=torch.float64, device=model.device)  # box IoU, accuracy, number
     was_training = model.training
     model.eval()
-    for start in range(0, min(limit, len(samples)), batch_size):
-        batch = samples[start : min(start + batch_size, limit)]
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
         truths, phrases = [s.mask for s in batch], [s.phrases[0] for s in batch]
         images = [s.image() for s in batch]
-        rows = predict(model, processor, images, phrases, truths, args, rng)
+        rows = predict(model, processor, images, phrases, truths, args)
         for row, truth in zip(rows, truths):
             points = point_score(row["labels"], row["points_px"], truth)
-            scores.append((box_score(row["box_px"], data.mask_to_box(truth)), points))
+            box = box_score(row["box_px"], data.mask_to_box(truth))
+            totals += torch.tensor([box, points, 1], device=model.device)
     model.train(was_training)
-    box_iou, point_acc = np.mean(scores, axis=0).tolist()
-    return {"box_iou": box_iou, "point_acc": point_acc}
+    if world > 1:
+        dist.all_reduce(totals)
+    return {"box_iou": (totals[0] / totals[2]).item(), "point_acc": (totals[1] / totals[2]).item()}
 
 
 # ------------------------------------------------------------------------- files and pictures
@@ -346,6 +367,19 @@ def overlay(image, row, caption, theta, mask, truth=None, side=512):
     return sheet
 
 
+def save_pictures(folder, rows, samples, args):
+    """Overlays of the first --max_img rows; returns how many."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    samples = {sample.ref_id: sample for sample in samples}
+    for row in rows[: args.max_img]:
+        sample, mask = samples[row["ref_id"]], data.decode_rle(row["rle"])
+        caption = f"{row['phrase']} (IoU {row['iou']:.2f})"
+        picture = overlay(sample.image(), row, caption, args.theta, mask, sample.mask)
+        picture.save(folder / f"{row['ref_id']}_{row['sentence']}.png")
+    return len(rows[: args.max_img])
+
+
 def report(metrics):
     """The table that is printed."""
     names = ["n", "mIoU", "oIoU", *(f"Pr@{t}" for t in THRESHOLDS), "box IoU", "points"]
@@ -371,16 +405,16 @@ def report(metrics):
 def default_model(log_dir):
     """runs/grpo if it is there, else runs/sft, else the base model."""
     for name in ("grpo", "sft"):
-        if (Path(log_dir) / name / "config.json").is_file():
-            return str(Path(log_dir) / name)
+        folder = Path(log_dir) / name
+        if (folder / "config.json").is_file() or (folder / "adapter").is_dir():
+            return str(folder)
     return str(sampler.TINY_VLM)
 
 
 def segment_one(args, model, processor, segmenter, folder):
     """--image and --query: print box, points, reasoning and scores; write mask and overlay."""
-    image = data.open_image(args.image)
-    rng = np.random.default_rng(args.seed)
-    (row,) = predict(model, processor, [image], [args.query], [None], args, rng)
+    image = data.open_image(args.image, upright=True)
+    (row,) = predict(model, processor, [image], [args.query], [None], args)
     mask, sam_score = segment(segmenter, image, args.image, row, args)
     name = folder / Path(args.image).stem
     Image.fromarray(mask).save(f"{name}_mask.png")
@@ -414,20 +448,17 @@ def protocol_of(args, path):
 
 
 def start_or_resume(folder, args, state):
-    """Rows that an earlier run of the very same protocol, weights and seed left behind, by key."""
-    known = folder / "args.json"
-    if (
-        not args.resume
-        or not known.is_file()
-        or json.loads(known.read_text()).get("state") != state
-    ):
-        for old in folder.glob("predictions.jsonl*"):
-            old.unlink()
-    known.write_text(json.dumps({**vars(args), "state": state}, indent=2))
+    """Keep the answers of a cut-off run of the same protocol and data; set others aside."""
+    known, path = folder / "args.json", folder / "predictions.jsonl"
+    settings = (read_rows(known) or [{}])[0]
     done = gather_predictions(folder)
+    if done and not (args.resume and settings.get("state") == state):
+        os.replace(path, folder / "predictions.old.jsonl")
+        print(f"{len(done)} answers of another run are now in {folder}/predictions.old.jsonl")
+        done = {}
+    known.write_text(json.dumps({**vars(args), "state": state}))
     if done:
         print(f"{len(done)} answers are in {folder}/predictions.jsonl (--no-resume starts over)")
-    return done
 
 
 def main(args):
@@ -458,7 +489,10 @@ def main(args):
     protocol = protocol_of(args, path)
     if rank == 0:
         weights = [fingerprint(path), fingerprint(args.sam_ckpt)]
-        start_or_resume(folder, args, {**protocol, "weights": weights, "seed": args.seed})
+        refs = repr([(s.ref_id, s.phrases, str(s.image_path.resolve()), s.size) for s in samples])
+        state = {**protocol, "weights": weights, "refs": zlib.crc32(refs.encode())}
+        state |= {key: getattr(args, key) for key in ("seed", "max_new_tokens")}
+        start_or_resume(folder, args, state)
         wait()
     done = {(row["ref_id"], row["sentence"]) for row in read_rows(folder / "predictions.jsonl")}
     wait()  # nobody writes before all have read
@@ -469,18 +503,16 @@ def main(args):
     todo = [(sample, i) for sample, i in todo if (sample.ref_id, i) not in done]
 
     # 3. The three stages, batch by batch.
-    rng, ious, drawn = np.random.default_rng(args.seed + rank), [], 0
+    ious = []
     step, n = max(1, args.batch_size // args.best_of), args.best_of
     part = folder / ("predictions.jsonl" if world == 1 else f"predictions.jsonl.rank{rank}")
-    if args.save_img:
-        (folder / "images").mkdir(exist_ok=True)
     bar = tqdm(total=len(todo), desc="evaluating", disable=rank > 0)
     with open(part, "a") as file:
         for batch in (todo[i : i + step] for i in range(0, len(todo), step)):
             images = [sample.image() for sample, _ in batch for _ in range(n)]
             phrases = [sample.phrases[i] for sample, i in batch for _ in range(n)]
             truths = [sample.mask for sample, _ in batch for _ in range(n)]
-            rows = predict(model, processor, images, phrases, truths, args, rng)
+            rows = predict(model, processor, images, phrases, truths, args)
             for k, (sample, i) in enumerate(batch):
                 lines = []
                 for image, row in zip(images[k * n : k * n + n], rows[k * n : k * n + n]):
@@ -489,12 +521,6 @@ def main(args):
                 line = best(lines) if n > 1 else lines[0]
                 file.write(json.dumps(line) + "\n")
                 ious.append(line["iou"])
-                if args.save_img and rank == 0 and drawn < args.max_img:
-                    mask = data.decode_rle(line["rle"])
-                    caption = f"{line['phrase']} (IoU {line['iou']:.2f})"
-                    picture = overlay(images[k * n], line, caption, args.theta, mask, truths[k * n])
-                    picture.save(folder / "images" / f"{sample.ref_id}_{i}.png")
-                    drawn += 1
             file.flush()
             bar.update(len(batch))
             bar.set_postfix(miou=f"{np.mean(ious):.3f}")
@@ -504,6 +530,7 @@ def main(args):
     # 4. Metrics, over the file: what is reported is what was written.
     if rank == 0:
         rows = list(gather_predictions(folder).values())
+        assert len(rows) == sum(len(sample.phrases) for sample in samples)
         group = lambda key, name: summarize([row for row in rows if row[key] == name])
         metrics = summarize(rows)
         metrics["by_scale"] = {name: m for name in SCALES if (m := group("scale", name))}
@@ -514,10 +541,11 @@ def main(args):
         metrics |= {"seconds": round(time.time() - start, 1), "protocol": protocol}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, default=float))
         print(report(metrics))
-        written = "metrics.json, predictions.jsonl" + (
-            f", {drawn} pictures in images/" * bool(drawn)
-        )
-        print(f"{metrics['seconds']} s; written to {folder}: {written}")
+        print(f"{metrics['seconds']} s; written to {folder}: metrics.json, predictions.jsonl")
+        if args.save_img:
+            print(
+                f"and {save_pictures(folder / 'images', rows, samples, args)} pictures in images/"
+            )
     if world > 1:
         dist.destroy_process_group()
 

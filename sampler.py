@@ -23,6 +23,7 @@ import re
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -79,9 +80,9 @@ def jitter_box(box_px, width, height, rng, amount=0.1):
     return (box + rng.uniform(-amount, amount, 4) * side).clip(0, [width, height, width, height])
 
 
-def confident(labels, probs, threshold=0.9):
-    """Which labels to keep (N,): those the model gave a probability of `threshold` or more."""
-    return np.asarray(probs)[: len(labels)] >= threshold
+def confident(probs, threshold=0.9):
+    """Which labels to keep, bool (N,): those with a probability of `threshold` or more."""
+    return np.asarray(probs) >= threshold
 
 
 # ------------------------------------------------------------------------- policy
@@ -94,10 +95,13 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     and merged. dtype: float32 on CPU and bfloat16 on CUDA unless told. Weights are read as
     safetensors only, and no code of the checkpoint is run. InputError if there is no such model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch sees no GPU here (--device cpu works)")
     path, adapter = str(path), None
     if not Path(path).is_dir() and not (HUB_NAME.fullmatch(path) and not path.startswith("runs/")):
         raise InputError(f"no model at {path}: that folder does not exist")
@@ -111,8 +115,8 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     try:
         processor = AutoProcessor.from_pretrained(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        why = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(
             f"no model at {path}: expected a Hugging Face folder (config.json, *.safetensors) or "
             f"a hub name that can be reached ({why})"
@@ -140,7 +144,7 @@ def answer_frame(model, processor, width, height):
 
 
 class CharProbs:
-    """Logits processor that keeps, for each generated token, the probability it was chosen with.
+    """Logits processor that keeps the probability, at temperature 1, of each generated token.
 
     One step late, as the choice is made after the processors: no (steps, B, V) of scores is kept.
     """
@@ -176,26 +180,29 @@ def generate(model, processor, batch, max_new_tokens, temperature=0.0):
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     if temperature == 0:
         sampling = {"do_sample": False, "temperature": 1.0, "top_k": 50}  # unused; any other warns
-    sequences = model.generate(
-        **batch,
-        **sampling,
-        max_new_tokens=max_new_tokens,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        num_beams=1,
-        suppress_tokens=[token for token in vision if token is not None] or None,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        logits_processor=[recorder],
-    )
+    half = model.dtype == torch.bfloat16  # in training, LoRA and merger are float32 beside it
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+        sequences = model.generate(
+            **batch,
+            **sampling,
+            max_new_tokens=max_new_tokens,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            num_beams=1,
+            suppress_tokens=[token for token in vision if token is not None] or None,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            logits_processor=[recorder],
+        )
     probs = recorder.probs(sequences[:, -1:]).cpu().numpy()  # (B, C)
     answers = []
     for row, row_probs in zip(sequences[:, batch["input_ids"].shape[1] :].tolist(), probs):
         end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-        pieces = tokenizer.batch_decode([[token] for token in row[:end]])
-        answers.append(
-            ("".join(pieces), np.repeat(row_probs[:end], [len(piece) for piece in pieces]))
-        )
+        text = tokenizer.decode(row[:end])
+        lengths = [len(piece) for piece in tokenizer.batch_decode([[token] for token in row[:end]])]
+        if sum(lengths) != len(text):  # a character made of several tokens: count what each adds
+            lengths = np.diff([len(tokenizer.decode(row[:i])) for i in range(end + 1)]).clip(0)
+        answers.append((text, np.repeat(row_probs[:end], lengths)[: len(text)]))
     return answers
 
 
@@ -207,7 +214,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with a trainable low-rank update; the update computes in float32."""
+    """A frozen linear layer with a trainable low-rank update, whose weights are float32."""
 
     def __init__(self, base_layer, rank, alpha, dropout):
         super().__init__()
@@ -224,12 +231,14 @@ class LoRALinear(nn.Module):
         return self.base_layer(x) + (self.scale * update).to(x.dtype)
 
 
-def add_lora(model, rank=64, alpha=128, dropout=0.05):
-    """Freeze the model but for LoRA on the language model's projections and its vision merger."""
+def add_lora(model, rank=64, alpha=128, dropout=0.05, names=None):
+    """Freeze the model but for LoRA on the language model's projections (or on the linear layers
+    `names`) and its vision merger."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         parent, _, leaf = name.rpartition(".")
-        if isinstance(module, nn.Linear) and leaf in TARGETS and "language_model" in name:
+        chosen = name in names if names else leaf in TARGETS and "language_model" in name
+        if chosen and isinstance(module, nn.Linear):
             setattr(model.get_submodule(parent), leaf, LoRALinear(module, rank, alpha, dropout))
     for name in merger_names(model):
         model.get_submodule(name).float().requires_grad_(True)
@@ -284,17 +293,27 @@ def read_adapter_config(folder):
         config["r"], config["lora_alpha"], config["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not the config of a LoRA adapter ({error!r})") from None
+    for kind in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
+        if config.get(kind):
+            raise InputError(f"{path}: {kind} is not read here; merge the adapter with PEFT first")
     return config
 
 
 def load_adapter(model, folder):
     """Add LoRA to `model` and fill it, and the mergers, from an adapter folder."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     config = read_adapter_config(folder)
-    add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
-    state = load_file(Path(folder) / "adapter_model.safetensors")
+    try:
+        state = load_file(Path(folder) / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}/adapter_model.safetensors cannot be read ({error})") from None
     state = {name.removeprefix("base_model.model."): value for name, value in state.items()}
+    names = {
+        name.removesuffix(".lora_A.weight") for name in state if name.endswith("lora_A.weight")
+    }
+    add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), names)
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [name for name in missing if ".lora_" in name]
     if missing or unexpected:
@@ -389,26 +408,21 @@ def build_tiny_sam(image_size=128, patch=8, width=96, depth=4, channels=64):
 def load_sam(checkpoint=TINY_SAM):
     """A SAM from its weights alone: vit_b, vit_l, vit_h (segment-anything), vit_t (MobileSAM) or
     the tiny one. The type is read off the weights. InputError for a file of another kind."""
-    path = Path(checkpoint)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-            state = load_file(path)
-        else:
-            # NOTE: weights_only, so that a checkpoint from the web cannot run code
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        width = (
-            state["image_encoder.pos_embed"].shape[-1]
-            if "image_encoder.pos_embed" in state
-            else None
-        )
+    path, table = Path(checkpoint), "image_encoder.pos_embed"
+    try:
+        # NOTE: weights_only, so that a checkpoint from the web cannot run code
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
+        width = state[table].shape[-1] if table in state else None
     except FileNotFoundError:
         raise InputError(
             f"--sam_ckpt {path} does not exist (leave it out for the tiny SAM)"
         ) from None
-    except Exception as error:  # zip, pickle, safetensors: each reader has exceptions of its own
-        why = str(error).splitlines()[0][:80]
+    except (UnpicklingError, SafetensorError, OSError, EOFError, RuntimeError, TypeError) as error:
+        why = (str(error) or repr(error)).splitlines()[0][:80]
         raise InputError(f"--sam_ckpt {path} is not a file of SAM weights ({why})") from None
     from segment_anything import sam_model_registry
 

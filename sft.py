@@ -6,8 +6,8 @@
 
        loss = - sum_t log p(answer_t | image, prompt, answer_<t) / number of answer tokens
 
-   Sum and count run over all micro-batches *and* processes of an update, so N processes, or N times
-   the accumulation, take the very step of one process with N times the batch.
+   Sum and count run over all micro-batches *and* processes of an update, so N processes take the
+   very step of one process with N times the batch.
 3. AdamW on LoRA (language model) and the vision merger, in full; everything else is frozen.
    `--lora_rank 0` trains all parameters. Cosine schedule with warm-up, clipped gradients.
 4. The result is a Hugging Face folder, <log_dir>/<version_name>, and in its adapter/ the adapter in
@@ -25,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -43,7 +44,9 @@ from sampler import InputError
 # What the demo does differently from the recipe for an 8 B model: a small model wants a larger
 # learning rate, and a micro-batch of 16 costs it hardly more than one of 1.
 RECIPE = {"lr": 5e-5, "batch_size": 1, "accumulate": 8, "max_step": 0, "think_ratio": 0.0}
-DEMO = {"lr": 1e-3, "batch_size": 16, "accumulate": 2, "max_step": 500, "think_ratio": 0.5}
+RECIPE["val_batch_size"] = 8
+DEMO = {"lr": 1e-3, "batch_size": 16, "accumulate": 2, "max_step": 400, "think_ratio": 0.5}
+DEMO["val_batch_size"] = 64
 
 
 def get_args(argv=None):
@@ -88,10 +91,15 @@ def get_args(argv=None):
     add("--merge", action=on_off, default=True, help="write merged weights beside the adapter")
     add("--save_step", type=int, default=500, help="save every so many updates, and at the end")
     add("--val_limit", type=int, default=200, help="validation samples before and after; 0: none")
+    add("--val_batch_size", type=int, help="validation samples per process and batch")
     args = parser.parse_args(argv)
     for key, value in (DEMO if args.option == "demo" else RECIPE).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if min(args.batch_size, args.accumulate, args.save_step) < 1 or args.val_limit < 0:
+        parser.error("--batch_size, --accumulate and --save_step start at 1, --val_limit at 0")
+    if not args.max_step and args.epochs <= 0:
+        parser.error("nothing to do: set --epochs or --max_step")
     return args
 
 
@@ -118,13 +126,13 @@ class Questions(Dataset):
         why = data.rationale(sample.class_name, box, width, height) if think else None
         if task == "box":
             target = data.rescale(box, image.size, frame)
-            return image, data.box_prompt(phrase, frame, think), data.answer(target, why)
+            return image, data.box_prompt(phrase, frame, think), data.box_answer(target, why)
         points = sampler.grid_points(
             sampler.jitter_box(box, width, height, rng, args.jitter), width, height
         )
         labels = sampler.label_points(points, mask)
         shown = data.rescale(points, image.size, frame)
-        return image, data.point_prompt(phrase, shown, frame, think), data.answer(labels, why)
+        return image, data.point_prompt(phrase, shown, frame, think), data.point_answer(labels, why)
 
 
 def batch_keys(count, args, rank, world):
@@ -182,8 +190,12 @@ def save(model, processor, args, folder):
     """The folder that eval.py and grpo.py read: merged weights, and the adapter in adapter/."""
     if args.lora_rank:
         sampler.save_adapter(model, folder / "adapter", args.model_path)
+    else:  # an earlier run's would be taken for this one's
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
     if args.merge or not args.lora_rank:
         sampler.save_policy(model, processor, folder)
+    else:
+        (folder / "config.json").unlink(missing_ok=True)
 
 
 def main(args):
@@ -205,16 +217,19 @@ def main(args):
     if world > 1:
         dist.barrier()
     samples = data.load_samples(args.option, args.data_root, args.split)
+    trainable = [sample for sample in samples if sample.mask.any()]
+    if len(trainable) < len(samples):
+        say(f"left out: {len(samples) - len(trainable)} refs whose mask is empty")
     val = data.load_samples(args.option, args.data_root, "val") if args.val_limit else []
     # full fine-tuning keeps float32 weights, as updates of 1e-5 vanish in bfloat16
     dtype = torch.bfloat16 if on_gpu and args.lora_rank else torch.float32
     model, processor = sampler.load_policy(args.model_path, args.device, dtype)
     say(f"model: {args.model_path}, {len(samples)} refs of {args.option}/{args.split}")
-    if val and rank == 0:
-        before = {
-            think: validate(model, processor, val, think, limit=args.val_limit)
-            for think in (False, True)
-        }
+    measure = lambda: [
+        validate(model, processor, val, think, args.val_batch_size, args.val_limit)
+        for think in (False, True)
+    ]
+    before = measure() if val else None
 
     # 2. What is trained.
     torch.manual_seed(args.seed + rank)
@@ -227,7 +242,7 @@ def main(args):
     for parameter in trained if world > 1 else ():  # LoRA's A is random: take rank 0's
         dist.broadcast(parameter.data, 0)
     steps = args.max_step or math.ceil(
-        args.epochs * len(samples) / (args.batch_size * world * args.accumulate)
+        args.epochs * len(trainable) / (args.batch_size * world * args.accumulate)
     )
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -239,8 +254,8 @@ def main(args):
     # 3. The loop.
     frame_of = lambda width, height: sampler.answer_frame(model, processor, width, height)
     loader = DataLoader(
-        Questions(samples, frame_of, args),
-        batch_sampler=batch_keys(len(samples), args, rank, world),
+        Questions(trainable, frame_of, args),
+        batch_sampler=batch_keys(len(trainable), args, rank, world),
         collate_fn=lambda rows: data.collate(processor, *zip(*rows)),
         num_workers=args.workers,
     )
@@ -280,17 +295,12 @@ def main(args):
                 save(model, processor, args, folder)
 
     # 4. What it brought.
-    if rank == 0:
-        if val:
-            for think in (False, True):
-                after = validate(model, processor, val, think, limit=args.val_limit)
-                name = "think" if think else "no think"
-                print(
-                    f"val, {name:<8}: "
-                    f"box IoU {before[think]['box_iou']:.3f} -> {after['box_iou']:.3f}, "
-                    f"point accuracy {before[think]['point_acc']:.3f} -> {after['point_acc']:.3f}"
-                )
-        print(f"written: {folder}. Next: python eval.py --eval_model_path {folder}")
+    for name, old, new in zip(("no think", "think"), before, measure()) if val else ():
+        say(
+            f"val, {name:<8}: box IoU {old['box_iou']:.3f} -> {new['box_iou']:.3f}, "
+            f"point accuracy {old['point_acc']:.3f} -> {new['point_acc']:.3f}"
+        )
+    say(f"written: {folder}. Next: python eval.py --eval_model_path {folder}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -300,4 +310,6 @@ if __name__ == "__main__":
     try:
         main(get_args())
     except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+        # a data worker's error comes with its traceback: the last line is ours
+        line = str(error).strip().splitlines()[-1].removeprefix("sampler.InputError: ")
+        raise SystemExit(f"error: {line}") from None

@@ -2,7 +2,7 @@
 
 `plain` scenes (flat ground, nothing else) are what the tiny base model was pretrained on, by
 make_tiny.py. The demo set is the harder domain that SFT has to learn and GRPO to sharpen: textured
-ground, shadows, any rotation, clutter, small objects. It is written to disk in the REFER layout and
+ground, shadows, clutter, small objects. It is written to disk in the REFER layout and
 read back by the same reader as real data; data.load_samples("demo", …) makes it where it is absent.
 """
 
@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import box_scale, encode_rle, mask_to_box, place_of, place_words, size_word
+from sampler import InputError
 
 SIZE = 128  # pixels, both sides
 IMAGES = {"train": 3000, "val": 120, "test": 460}
@@ -69,7 +71,7 @@ def place_objects(rng, count, plain, size=SIZE):
     for _ in range(20 * count):
         length = float(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
         center = rng.uniform(length / 2 + 2, size - length / 2 - 2, 2)
-        turn = rng.normal(rng.integers(4) * np.pi / 2, 0.15) if plain else rng.uniform(0, 2 * np.pi)
+        turn = rng.uniform(0, 2 * np.pi)
         clear = all(np.hypot(*(center - o.center)) > 0.55 * (length + o.length) for o in objects)
         if clear and len(objects) < count:
             name, color = rng.choice(list(OUTLINES)), rng.choice(list(COLORS))
@@ -183,6 +185,32 @@ def describe(rng, objects, target, size=SIZE):
     return " ".join(words + ([place_words(*mine["place"])] if "place" in used else []))
 
 
+def describe_all(rng, objects, image_id, split, refs, annotations):
+    """Append a ref and an annotation for every object that a phrase can single out."""
+    for target in objects:
+        tries = 2 if split == "train" else 1  # training sees two ways to say it where there are two
+        phrases = [describe(rng, objects, target) for _ in range(tries)]
+        phrases = list(dict.fromkeys(filter(None, phrases)))
+        if not phrases:
+            continue
+        ann_id, parts = len(annotations), [target.mask]
+        if ann_id % 50 == 0:  # in two parts that overlap: it must be read as their union
+            columns = np.arange(SIZE)
+            left, right = columns < target.center[0] + 1, columns > target.center[0] - 2
+            parts = [target.mask & left, target.mask & right]
+        x1, y1, x2, y2 = mask_to_box(target.mask).tolist()
+        ids = {"image_id": image_id, "category_id": list(OUTLINES).index(target.class_name)}
+        annotations.append({"id": ann_id, **ids, "bbox": [x1, y1, x2 - x1, y2 - y1]})
+        annotations[-1]["segmentation"] = [encode_rle(part) for part in parts]
+        sentences = [
+            {"raw": p, "sent": p.lower(), "tokens": p.lower().split(), "sent_id": 2 * ann_id + k}
+            for k, p in enumerate(phrases)
+        ]
+        ref = {"ref_id": ann_id, "ann_id": ann_id, **ids, "split": split, "sentences": sentences}
+        ref["file_name"], ref["sent_ids"] = f"{image_id:05d}.jpg", [s["sent_id"] for s in sentences]
+        refs.append(ref)
+
+
 def make_demo(data_root, seed=0, counts=IMAGES):
     """Write the demo set under `data_root` in the REFER layout, unless it is there already.
 
@@ -192,71 +220,28 @@ def make_demo(data_root, seed=0, counts=IMAGES):
     root = Path(data_root)
     if (root / "demo" / "refs(unc).p").is_file():
         return
-    building = root / f".demo-{os.getpid()}"
-    folder = building / "JPEGImages"
-    folder.mkdir(parents=True)
+    if root.exists() and not root.is_dir():
+        raise InputError(f"--data_root {root} is a file: name a folder to draw the demo set into")
     rng = np.random.default_rng(seed)
-    names = list(OUTLINES)
     refs, images, annotations = [], [], []
     splits = [split for split, count in counts.items() for _ in range(count)]
-    for image_id, split in enumerate(tqdm(splits, desc=f"drawing the demo set into {root}")):
-        image, objects = draw_scene(rng, int(rng.integers(1, 5)))
-        width = SIZE + (image_id % 500 == 1)
-        file_name = f"{image_id:05d}.jpg"
-        image.resize((width, SIZE)).save(folder / file_name, quality=92)
-        images.append({"id": image_id, "file_name": file_name, "width": SIZE, "height": SIZE})
-        for target in objects:
-            phrases = list(
-                dict.fromkeys(
-                    filter(
-                        None,
-                        (describe(rng, objects, target) for _ in range(1 + (split == "train"))),
-                    )
-                )
-            )
-            if not phrases:
-                continue
-            ann_id, parts = len(annotations), [target.mask]
-            if ann_id % 50 == 0:  # in two parts that overlap, as the union of which it must be read
-                left = np.arange(SIZE) < target.center[0] + 1
-                right = np.arange(SIZE) > target.center[0] - 2
-                parts = [target.mask & left, target.mask & right]
-            x1, y1, x2, y2 = mask_to_box(target.mask).tolist()
-            annotations.append(
-                {
-                    "id": ann_id,
-                    "image_id": image_id,
-                    "category_id": names.index(target.class_name),
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "segmentation": [encode_rle(part) for part in parts],
-                }
-            )
-            sentences = [
-                {
-                    "raw": p,
-                    "sent": p.lower(),
-                    "tokens": p.lower().split(),
-                    "sent_id": 2 * ann_id + i,
-                }
-                for i, p in enumerate(phrases)
-            ]
-            refs.append(
-                {
-                    "ref_id": ann_id,
-                    "ann_id": ann_id,
-                    "image_id": image_id,
-                    "category_id": names.index(target.class_name),
-                    "split": split,
-                    "file_name": file_name,
-                    "sent_ids": [s["sent_id"] for s in sentences],
-                    "sentences": sentences,
-                }
-            )
-    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
-    coco = {"images": images, "annotations": annotations, "categories": categories}
-    (building / "instances.json").write_text(json.dumps(coco))
-    (building / "refs(unc).p").write_bytes(pickle.dumps(refs))
-    (root / "images" / "demo").mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(root / "images" / "demo" / "JPEGImages", ignore_errors=True)
-    os.replace(folder, root / "images" / "demo" / "JPEGImages")
-    os.replace(building, root / "demo")  # last: its presence says that the set is complete
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as new:
+        folder = Path(new) / "JPEGImages"
+        folder.mkdir()
+        for image_id, split in enumerate(tqdm(splits, desc=f"drawing the demo set into {root}")):
+            image, objects = draw_scene(rng, int(rng.integers(1, 5)))
+            describe_all(rng, objects, image_id, split, refs, annotations)
+            off = image_id % 500 == 1
+            name = f"{image_id:05d}.jpg"
+            image.resize((SIZE + off, SIZE)).save(folder / name, quality=92)
+            images.append({"id": image_id, "file_name": name, "width": SIZE, "height": SIZE})
+        categories = [{"id": i, "name": name} for i, name in enumerate(OUTLINES)]
+        coco = {"images": images, "annotations": annotations, "categories": categories}
+        (root / "demo").mkdir(exist_ok=True)
+        (root / "demo" / "instances.json").write_text(json.dumps(coco))
+        shutil.rmtree(root / "images" / "demo", ignore_errors=True)
+        (root / "images" / "demo").mkdir(parents=True)
+        os.replace(folder, root / "images" / "demo" / "JPEGImages")
+        (Path(new) / "refs").write_bytes(pickle.dumps(refs))
+        os.replace(Path(new) / "refs", root / "demo" / "refs(unc).p")  # last: the set is complete

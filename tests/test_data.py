@@ -75,7 +75,19 @@ def test_an_800_by_800_mask_decodes_in_half_a_millisecond():
 
 
 @pytest.mark.parametrize(
-    "rle", [{"size": [4, 4], "counts": "a"}, {"size": [4, 4], "counts": "0~"}, {"size": [4]}, {}]
+    "rle",
+    [
+        {"size": [4, 4], "counts": "a"},
+        {"size": [4, 4], "counts": "0~"},
+        {"size": [4, 4], "counts": ""},
+        {"size": [4, 4], "counts": [1, "a"]},
+        {"size": [4, 4], "counts": [10**30]},
+        {"size": [float("inf"), 1], "counts": []},
+        {"size": [10**6, 10**7], "counts": [10**13]},
+        {"size": [4, 4], "counts": None},
+        {"size": [4]},
+        {},
+    ],
 )
 def test_a_broken_rle_is_an_input_error(rle):
     with pytest.raises(InputError):
@@ -91,10 +103,31 @@ def test_a_segmentation_is_the_union_of_its_overlapping_parts():
 
 def test_polygons_and_uncompressed_counts_decode_too():
     polygon = data.decode_segmentation([[2, 1, 5, 1, 5, 3, 2, 3]], 6, 8)
-    assert polygon[2, 3] and not polygon[2, 6] and polygon.shape == (6, 8)
-    assert polygon.sum() == 12  # corners included: 4 x 3 pixels
+    assert polygon.shape == (6, 8) and data.mask_to_box(polygon).tolist() == [2, 1, 5, 3]
+    assert polygon.sum() == 6  # NOTE: half-open like a box; PIL's outline would make it 12
     mask = data.decode_segmentation({"size": [2, 3], "counts": [2, 2, 2]}, 0, 0)
     assert (mask == [[0, 1, 0], [0, 1, 0]]).all()
+
+
+def test_polygons_cover_what_pycocotools_says():
+    coco = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        turn = np.sort(rng.uniform(0, 2 * np.pi, 7))
+        corners = 40 + np.stack([np.cos(turn), np.sin(turn)], 1) * rng.uniform(10, 35, (7, 1))
+        polygon = corners.ravel().tolist()
+        theirs = coco.decode(coco.frPyObjects([polygon], 90, 80))[..., 0] > 0
+        ours = data.decode_segmentation([polygon], 90, 80)
+        assert data.mask_iou(ours, theirs)[2] > 0.95
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [[[1, 2]], [["a"] * 6], [None], [[]], None, [[1, 2, 3, 4, 5, 6], {"size": [4, 4]}]],
+)
+def test_a_broken_segmentation_is_an_input_error(segmentation):
+    with pytest.raises(InputError):
+        data.decode_segmentation(segmentation, 6, 8)
 
 
 def test_boxes_are_half_open_and_indexed_y_x():
@@ -162,6 +195,27 @@ def test_a_bad_record_is_named(tmp_path, name):
         data.load_samples("tiny", tmp_path)
     problems = []
     assert data.load_samples("tiny", tmp_path, problems=problems) == [] and message in problems[0]
+
+
+def test_a_ref_id_used_twice_is_named(tmp_path):
+    refer_set(tmp_path)
+    path = tmp_path / "tiny" / "refs(unc).p"
+    path.write_bytes(pickle.dumps(data.read_refs(path) * 2))
+    with pytest.raises(InputError, match="ref 5: its ref_id is used twice"):
+        data.load_samples("tiny", tmp_path)
+
+
+def test_the_demo_is_not_drawn_into_the_folder_of_another_set(tmp_path):
+    refer_set(tmp_path)
+    with pytest.raises(InputError, match="holds tiny: name the set with --option"):
+        data.load_samples("demo", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"]}b.", b"hello", pickle.dumps(["ann_id"])])
+def test_a_damaged_pickle_is_refused(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(InputError, match="refused"):
+        data.read_refs(tmp_path / "x")
 
 
 def test_wrong_roots_options_and_splits_are_named(tmp_path):
@@ -322,8 +376,8 @@ def test_parsers_never_raise_on_a_thousand_shuffled_texts():
 
 
 def test_what_is_written_as_an_answer_is_read_back():
-    assert data.parse_boxes(data.answer([1.2, 2, 30, 40], "The ship.")) == [(1, 2, 30, 40)]
-    assert data.parse_labels(data.answer([0, 1, 1])) == [0, 1, 1]
+    assert data.parse_boxes(data.box_answer([1.2, 2, 30, 40], "The ship.")) == [(1, 2, 30, 40)]
+    assert data.parse_labels(data.point_answer([0, 1, 1])) == [0, 1, 1]
 
 
 def test_the_rationale_says_class_size_and_place():
@@ -395,6 +449,13 @@ def test_the_check_of_a_data_set_prints_counts_and_draws_a_sheet(small_set, run,
     printed = run(f"data.py --data_root {small_set}")
     assert "0 bad records" in printed and "train" in printed
     assert Image.open(tmp_path / "runs/data/contact_sheet.png").size == (6 * 224, 4 * 240)
+
+
+def test_a_16_bit_image_keeps_its_contrast(tmp_path):
+    values = np.linspace(0, 3000, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    pixels = np.asarray(data.open_image(tmp_path / "x.png"))
+    assert pixels.min() == 0 and pixels.max() == 255 and 120 < pixels.mean() < 135
 
 
 def test_images_of_odd_modes_become_rgb(tmp_path):

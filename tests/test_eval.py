@@ -46,6 +46,8 @@ def test_extra_boxes_and_a_wrong_number_of_labels_cost():
     assert evaluation.box_score(np.array([[0, 0, 10, 10]]), true) == 1
     assert evaluation.box_score(np.array([[0, 0, 10, 10], [0, 0, 5, 10]]), true) == 0.5
     assert evaluation.box_score(np.zeros((0, 4)), true) == 0
+    assert evaluation.box_score(np.zeros((0, 4)), np.zeros(4)) == 1
+    assert evaluation.box_score(true[None], np.zeros(4)) == 0
     mask = np.ones((4, 4), bool)
     points = np.array([[1, 1], [2, 2]])
     assert evaluation.point_score([1, 0], points, mask) == 0.5
@@ -130,6 +132,28 @@ def test_a_cut_off_run_continues_to_the_same_metrics(evaluated, small_set, capsy
     again = rerun(folder, small_set)
     assert "3 answers are in" in capsys.readouterr().out
     assert same(again, metrics)
+
+
+def test_pictures_of_a_finished_run_are_drawn_later(evaluated, small_set):
+    folder, _, rows = evaluated
+    rerun(folder, small_set)
+    for picture in (folder / "eval/images").glob("*.png"):
+        picture.unlink()
+    rerun(folder, small_set, "--save_img", "--max_img", "2")
+    assert len(list((folder / "eval/images").glob("*.png"))) == 2
+
+
+def test_answers_to_other_data_or_limits_are_set_aside(evaluated, small_set, tmp_path):
+    from assets.make_demo import make_demo
+
+    folder, metrics, _ = evaluated
+    make_demo(tmp_path, counts={"test": 2})
+    other = rerun(folder, tmp_path)
+    assert other["n"] == len(data.load_samples("demo", tmp_path, "test")) != metrics["n"]
+    assert (folder / "eval/predictions.old.jsonl").exists()
+    short = rerun(folder, small_set, "--max_new_tokens", "3")
+    assert short["n_failed"] == short["n"] == metrics["n"] and short["miou"] == 0
+    assert same(rerun(folder, small_set), metrics)
 
 
 def test_answers_of_another_protocol_are_not_resumed(evaluated, small_set, capsys):
