@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from sampler import InputError
+from sampler import UNPICKLING_ERRORS, InputError
 
 # ------------------------------------------------------------------------- boxes, masks, frames
 
@@ -224,24 +224,12 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-# what a damaged pickle makes the unpickler raise
-_UNPICKLING = (
-    TypeError,
-    ValueError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-)
-
-
 def read_refs(path):
     """`refs(unc).p` -> list of dicts, without ever importing a class that the pickle names."""
     try:
         with open(path, "rb") as file:
             refs = _PlainUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, *_UNPICKLING) as error:
+    except UNPICKLING_ERRORS as error:
         raise InputError(f"{path} is refused ({error}): expected plain lists and dicts") from None
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise InputError(f"{path} is refused: expected a list of dicts, one per ref")

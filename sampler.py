@@ -38,6 +38,11 @@ class InputError(ValueError):
     """Bad input: one line that says what was found, what was expected and what mends it."""
 
 
+# What a damaged pickle makes an unpickler raise: it runs whatever bytes it finds as instructions.
+UNPICKLING_ERRORS = (UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError)
+UNPICKLING_ERRORS += (MemoryError, OverflowError)
+
+
 # ------------------------------------------------------------------------- points
 
 
@@ -421,7 +426,7 @@ def load_sam(checkpoint=TINY_SAM):
         raise InputError(
             f"--sam_ckpt {path} does not exist (leave it out for the tiny SAM)"
         ) from None
-    except (UnpicklingError, SafetensorError, OSError, EOFError, RuntimeError, TypeError) as error:
+    except (SafetensorError, OSError, RuntimeError, *UNPICKLING_ERRORS) as error:
         why = (str(error) or repr(error)).splitlines()[0][:80]
         raise InputError(f"--sam_ckpt {path} is not a file of SAM weights ({why})") from None
     from segment_anything import sam_model_registry
