@@ -253,9 +253,9 @@ class DenseHead(torch.nn.Module):
         return torch.stack(losses).mean()
 
 
-def questions(rng, objects, points):
+def questions(rng, objects, ask_points):
     """(prompt, answer, under) about one scene: the box of every object and, where
-    `points` is set, the points of one.
+    `ask_points` is set, the points of one.
 
     `under` (N, 2): class and colour of what lies under each point, None for a box question.
     """
@@ -270,7 +270,7 @@ def questions(rng, objects, points):
         why = data.rationale(target.class_name, box, size, size) if think else None
         relative = data.rescale(box, (size, size), (1000, 1000))
         pairs.append((data.box_prompt(phrase, think=think), data.box_answer(relative, why), None))
-        if points and i == judged:
+        if ask_points and i == judged:
             jittered = sampler.jitter_box(box, size, size, rng)
             points = sampler.grid_points(jittered, size, size)
             if rng.random() < 0.5:  # scattered in and around: a grid alone is answered by heart
