@@ -18,8 +18,6 @@ the truth's area. One without readable labels leaves SAM the box alone; its poin
     python eval.py --image photo.jpg --query "the ship on the left"
     torchrun --nproc_per_node 4 eval.py --eval_model_path … --data_root … --option RRSISD \\
         --sam_ckpt sam_vit_h_4b8939.pth
-
-The demo's test split takes about a minute on two CPU cores.
 """
 
 import argparse

@@ -13,12 +13,11 @@
 4. The result is a Hugging Face folder, <log_dir>/<version_name>, and in its adapter/ the adapter in
    PEFT's layout.
 
-    python sft.py                                   # the demo: about 6 minutes on two CPU cores
+    python sft.py                                   # the demo: minutes on two CPU cores
     torchrun --nproc_per_node 4 sft.py --model_path Qwen/Qwen3-VL-8B-Instruct \\
         --data_root /path/to/RRSIS-D --option RRSISD --gradient_checkpointing
 
-The demo is this same recipe with the numbers in DEMO below. Expect box IoU to rise by 0.2 on the
-validation split, most of it in the first two minutes.
+The demo is this same recipe with the numbers in DEMO below.
 """
 
 import argparse
