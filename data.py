@@ -387,13 +387,17 @@ def point_prompt(phrase, points, frame=(1000, 1000), think=False):
 def box_answer(box, rationale=None):
     """Target text for a box (4,) in the model's frame, at least one unit wide and high."""
     x1, y1, x2, y2 = np.rint(box).astype(int).tolist()
-    return point_answer([x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)], rationale)
+    return _answer([x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)], rationale)
 
 
 def point_answer(labels, rationale=None):
     """Target text for labels (N,)."""
+    return _answer([int(label) for label in labels], rationale)
+
+
+def _answer(numbers, rationale):
     think = f"<think>{rationale}</think>" if rationale else ""
-    return f"{think}<answer>[{','.join(str(int(label)) for label in labels)}]</answer>"
+    return f"{think}<answer>[{','.join(map(str, numbers))}]</answer>"
 
 
 PLACES = [
@@ -579,16 +583,13 @@ def main(args):
     for problem in problems[:10]:
         print(f"  {problem}")
     for title, counts in {
-        "split": Counter(s.split for s in samples),
+        "split": Counter(str(s.split) for s in samples),
         "class": Counter(s.class_name for s in samples),
         "object scale (small < 1 %, large > 5 % of the image)": Counter(scales),
         "words per phrase": Counter(len(p.split()) for s in samples for p in s.phrases),
         "phrases per ref": Counter(len(s.phrases) for s in samples),
     }.items():
-        ordered = sorted(
-            counts.items(), key=lambda item: (isinstance(item[0], str), str(item[0]).zfill(3))
-        )
-        print(f"{title}: " + ", ".join(f"{key} {count}" for key, count in ordered))
+        print(f"{title}: " + ", ".join(f"{key} {count}" for key, count in sorted(counts.items())))
     print(
         f"weak phrases (the class name alone): {sum(s.weak for s in samples)}; empty masks: {empty}"
     )

@@ -238,9 +238,8 @@ def segment(segmenter, image, key, row, args):
     return segmenter.segment_union(prompts)
 
 
-def score(row, sample, sentence, mask, sam_score, asked):
+def score(row, sample, sentence, truth, mask, sam_score, asked):
     """The line of predictions.jsonl for one phrase; `asked`: whether points were judged at all."""
-    truth = sample.mask
     true_box = data.mask_to_box(truth)
     inter, union, iou = data.mask_iou(mask, truth)
     return {
@@ -274,6 +273,26 @@ def best(candidates):
         row["sam_score"] * (np.mean(row["confidence"]) if row["confidence"] else 0.5)
     )
     return {**max(candidates, key=trust), "oracle_iou": max(row["iou"] for row in candidates)}
+
+
+def evaluate(model, processor, segmenter, batch, args):
+    """All three stages for a batch of (sample, index of its phrase) -> lines of predictions.jsonl.
+
+    With --best_of n every phrase is answered n times; its image and truth are read once.
+    """
+    n, asked = args.best_of, args.points != "none"
+    images, truths = [s.image() for s, _ in batch], [s.mask for s, _ in batch]
+    repeat = lambda values: [value for value in values for _ in range(n)]
+    phrases = repeat(sample.phrases[i] for sample, i in batch)
+    rows = predict(model, processor, repeat(images), phrases, repeat(truths), args)
+    lines = []
+    for k, (sample, i) in enumerate(batch):
+        candidates = []
+        for row in rows[k * n : k * n + n]:
+            mask, sam_score = segment(segmenter, images[k], sample.image_path, row, args)
+            candidates.append(score(row, sample, i, truths[k], mask, sam_score, asked))
+        lines.append(best(candidates) if n > 1 else candidates[0])
+    return lines
 
 
 def validate(model, processor, samples, use_think=False, batch_size=64, limit=200):
@@ -459,6 +478,16 @@ def start_or_resume(folder, args, state):
         print(f"{len(done)} answers are in {folder}/predictions.jsonl (--no-resume starts over)")
 
 
+def share_out(samples, done, rank, world):
+    """What this process has to do: (sample, index of its phrase), less what is `done`, with an
+    image's phrases side by side, so that SAM embeds it once."""
+    by_path = lambda sample: str(sample.image_path)
+    images = [list(group) for _, group in groupby(sorted(samples, key=by_path), key=by_path)]
+    mine = [sample for group in images[rank::world] for sample in group]
+    todo = [(sample, i) for sample in mine for i in range(len(sample.phrases))]
+    return [(sample, i) for sample, i in todo if (sample.ref_id, i) not in done]
+
+
 def main(args):
     # 1. Model, SAM, folder. Under torchrun every process takes its share of the images.
     start = time.time()
@@ -494,32 +523,18 @@ def main(args):
         wait()
     done = {(row["ref_id"], row["sentence"]) for row in read_rows(folder / "predictions.jsonl")}
     wait()  # nobody writes before all have read
-    by_path = lambda sample: str(sample.image_path)  # an image's refs side by side: one embedding
-    by_image = [list(group) for _, group in groupby(sorted(samples, key=by_path), key=by_path)]
-    mine = [sample for group in by_image[rank::world] for sample in group]
-    todo = [(sample, i) for sample in mine for i in range(len(sample.phrases))]
-    todo = [(sample, i) for sample, i in todo if (sample.ref_id, i) not in done]
+    todo = share_out(samples, done, rank, world)
 
     # 3. The three stages, batch by batch.
-    ious = []
-    step, n = max(1, args.batch_size // args.best_of), args.best_of
+    ious, step = [], max(1, args.batch_size // args.best_of)
     part = folder / ("predictions.jsonl" if world == 1 else f"predictions.jsonl.rank{rank}")
     bar = tqdm(total=len(todo), desc="evaluating", disable=rank > 0)
     with open(part, "a") as file:
         for batch in (todo[i : i + step] for i in range(0, len(todo), step)):
-            images = [sample.image() for sample, _ in batch for _ in range(n)]
-            phrases = [sample.phrases[i] for sample, i in batch for _ in range(n)]
-            truths = [sample.mask for sample, _ in batch for _ in range(n)]
-            rows = predict(model, processor, images, phrases, truths, args)
-            for k, (sample, i) in enumerate(batch):
-                lines = []
-                for image, row in zip(images[k * n : k * n + n], rows[k * n : k * n + n]):
-                    mask, sam_score = segment(segmenter, image, sample.image_path, row, args)
-                    lines.append(score(row, sample, i, mask, sam_score, args.points != "none"))
-                line = best(lines) if n > 1 else lines[0]
-                file.write(json.dumps(line) + "\n")
-                ious.append(line["iou"])
+            lines = evaluate(model, processor, segmenter, batch, args)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
+            ious += [line["iou"] for line in lines]
             bar.update(len(batch))
             bar.set_postfix(miou=f"{np.mean(ious):.3f}")
     bar.close()
@@ -534,7 +549,7 @@ def main(args):
         metrics["by_scale"] = {name: m for name in SCALES if (m := group("scale", name))}
         classes = sorted({row["class_name"] for row in rows})
         metrics["by_class"] = {name: group("class_name", name) for name in classes}
-        if n > 1:
+        if args.best_of > 1:
             metrics["oracle_miou"] = np.mean([row["oracle_iou"] for row in rows])
         metrics |= {"seconds": round(time.time() - start, 1), "protocol": protocol}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, default=float))

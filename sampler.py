@@ -242,8 +242,8 @@ def add_lora(model, rank=64, alpha=128, dropout=0.05, names=None):
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         parent, _, leaf = name.rpartition(".")
-        chosen = name in names if names else leaf in TARGETS and "language_model" in name
-        if chosen and isinstance(module, nn.Linear):
+        wanted = leaf in TARGETS and "language_model" in name if names is None else name in names
+        if wanted and isinstance(module, nn.Linear):
             setattr(model.get_submodule(parent), leaf, LoRALinear(module, rank, alpha, dropout))
     for name in merger_names(model):
         model.get_submodule(name).float().requires_grad_(True)

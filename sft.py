@@ -42,10 +42,8 @@ from sampler import InputError
 
 # What the demo does differently from the recipe for an 8 B model: a small model wants a larger
 # learning rate, and a micro-batch of 16 costs it hardly more than one of 1.
-RECIPE = {"lr": 5e-5, "batch_size": 1, "accumulate": 8, "max_step": 0, "think_ratio": 0.0}
-RECIPE["val_batch_size"] = 8
-DEMO = {"lr": 1e-3, "batch_size": 16, "accumulate": 2, "max_step": 400, "think_ratio": 0.5}
-DEMO["val_batch_size"] = 64
+RECIPE = dict(lr=5e-5, batch_size=1, accumulate=8, max_step=0, think_ratio=0.0, val_batch_size=8)
+DEMO = dict(lr=1e-3, batch_size=16, accumulate=2, max_step=400, think_ratio=0.5, val_batch_size=64)
 
 
 def get_args(argv=None):

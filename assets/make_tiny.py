@@ -72,7 +72,7 @@ def get_args(argv=None):
 
 
 def build_processor():
-    """Byte-level BPE with the demo's words, single digits, each instruction line as one token."""
+    """Byte-level BPE with the demo's words; numbers to 1000 and instruction lines as one token."""
     rng = np.random.default_rng(0)
     corpus = []
     for _ in range(400):
@@ -86,12 +86,7 @@ def build_processor():
             ]
     corpus += ["Phrase: points: user assistant\n", "[[1,2],[3,4]]", "[1,0]", "],["] * 50
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
@@ -104,7 +99,8 @@ def build_processor():
     tokenizer.add_special_tokens([*special, "<|image_pad|>", "<|video_pad|>"])
     lines = [data.BOX_TASK, data.POINT_TASK, data.RELATIVE, data.THINK, data.NO_THINK]
     tags = ["<think>", "</think>", "<answer>", "</answer>"]
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in lines + tags])
+    numbers = [str(n) for n in range(1001)]  # one token per coordinate
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in lines + tags + numbers])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
@@ -125,6 +121,13 @@ def build_processor():
     )
 
 
+def waves(at, width, octaves):
+    """Sines and cosines (N, width) of places `at` (N,) in 0-1, from a quarter period upwards."""
+    count = width // 2
+    phase = at[:, None] * math.pi / 2 * 2 ** (torch.arange(count) / count * octaves)
+    return torch.cat([phase.sin(), phase.cos()], 1)
+
+
 def build_vlm(processor):
     """Qwen3-VL, unchanged but for its widths: about 2 M parameters."""
     ids = processor.tokenizer.convert_tokens_to_ids
@@ -133,7 +136,7 @@ def build_vlm(processor):
             "vocab_size": len(processor.tokenizer),
             "hidden_size": 128,
             "intermediate_size": 384,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 5,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "head_dim": 32,
@@ -163,14 +166,15 @@ def build_vlm(processor):
         tie_word_embeddings=True,
     )
     model = Qwen3VLForConditionalGeneration(config)
-    with torch.no_grad():  # half a period to eight periods per image side
+    with torch.no_grad():
         table = model.model.visual.pos_embed.weight  # (rows * columns, D)
-        side, count = make_demo.SIZE // 8, table.shape[1] // 4
-        waves = math.pi / 2 * 2 ** (torch.arange(count) / count * 4)
-        phase = (torch.arange(side) + 0.5)[:, None] / side * waves
-        axis = torch.cat([phase.sin(), phase.cos()], 1)  # (side, D / 2)
+        side = make_demo.SIZE // 8
+        axis = waves((torch.arange(side) + 0.5) / side, table.shape[1] // 2, octaves=4)
         rows, cols = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
         table.copy_(0.2 * torch.cat([rows, cols], -1).flatten(0, 1))
+        words = model.get_input_embeddings().weight  # (V, D), also the output layer
+        numbers = waves(torch.arange(2, 1001) / 1000, words.shape[1] // 2, octaves=6)
+        words[ids([str(n) for n in range(2, 1001)]), : numbers.shape[1]] += 0.03 * numbers
     # the library loops over images; ours are all of one size and can attend in one call
     AttentionInterface.register("flash_uniform", uniform_attention)
     model.model.visual.config._attn_implementation = "flash_uniform"
@@ -193,11 +197,15 @@ class DenseHead(torch.nn.Module):
     """What every vision token should know: the class, colour and box of the object it lies on."""
 
     SIZES = [len(make_demo.OUTLINES) + 1, len(make_demo.COLORS), *[10] * 8, 4, 16]
+    UNDER = [
+        *SIZES[:2],
+        2,
+    ]  # a point: class and colour of what lies there, whether it is the target
 
     def __init__(self, width=128):
         super().__init__()
         self.norm, self.out = torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.SIZES))
-        self.under = torch.nn.Linear(width, sum(self.SIZES[:2]))
+        self.under = torch.nn.Linear(width, sum(self.UNDER))
 
     @staticmethod
     def targets(objects, cell=16):
@@ -241,11 +249,11 @@ class DenseHead(torch.nn.Module):
         )
 
     def points(self, hidden, under):
-        """Hidden states (B, T, D) of the text -> loss of class and colour under each point."""
+        """Hidden states (B, T, D) of the text -> loss of what lies under each point."""
         ends = under[..., 0] >= 0
         if not ends.any():
             return hidden.new_zeros(())
-        guesses = self.under(hidden[ends].float()).split(self.SIZES[:2], -1)
+        guesses = self.under(hidden[ends].float()).split(self.UNDER, -1)
         losses = [
             F.cross_entropy(guess, under[ends][:, i], ignore_index=-100)
             for i, guess in enumerate(guesses)
@@ -257,7 +265,7 @@ def questions(rng, objects, ask_points):
     """(prompt, answer, under) about one scene: the box of every object and, where
     `ask_points` is set, the points of one.
 
-    `under` (N, 2): class and colour of what lies under each point, None for a box question.
+    `under` (N, 3): class and colour of what lies under each point and its label, None for a box.
     """
     size, pairs = make_demo.SIZE, []
     judged = rng.integers(len(objects))
@@ -281,11 +289,11 @@ def questions(rng, objects, ask_points):
                 points = sampler.random_points(around, int(rng.integers(6, 17)), rng)
             relative = data.rescale(points, (size, size), (1000, 1000))
             labels = sampler.label_points(points, target.mask)
-            under = np.array([[len(make_demo.OUTLINES), -100]] * len(points))
+            under = np.array([[len(make_demo.OUTLINES), -100, 0]] * len(points))
             for o in objects:
                 kind = list(make_demo.OUTLINES).index(o.class_name)
                 hit = sampler.label_points(points, o.mask) == 1
-                under[hit] = kind, list(make_demo.COLORS).index(o.color)
+                under[hit] = kind, list(make_demo.COLORS).index(o.color), o is target
             prompt = data.point_prompt(phrase, relative, think=think)
             pairs.append((prompt, data.point_answer(labels, why), under))
     return pairs
@@ -308,9 +316,9 @@ class Packer:
 
     def row(self, pairs):
         """-> ids, labels (-100 off the answers), segments (0: the image), positions (3, T), and
-        what lies under the point that a token ends, (T, 2), -100 elsewhere."""
+        what lies under the point that a token ends, (T, 3), -100 elsewhere."""
         ids, labels, segment = list(self.prefix), [-100] * len(self.prefix), [0] * len(self.prefix)
-        unders = [torch.full((len(self.prefix), 2), -100)]
+        unders = [torch.full((len(self.prefix), 3), -100)]
         places, start = [self.places], int(self.places.max()) + 1
         for i, (prompt, answer, under) in enumerate(pairs):
             question, target = self.encode(prompt + TURN), [*self.encode(answer), self.eos]
@@ -318,7 +326,7 @@ class Packer:
             labels += [-100] * len(question) + target
             segment += [i + 1] * len(question + target)
             places.append((start + torch.arange(len(question + target))).expand(3, -1))
-            unders.append(torch.full((len(question + target), 2), -100))
+            unders.append(torch.full((len(question + target), 3), -100))
             if under is not None:
                 pieces = self.processor.tokenizer.convert_ids_to_tokens(question)
                 pairs_of = enumerate(zip(pieces, pieces[1:]))
@@ -366,7 +374,7 @@ def stream(packer, args):
         for _ in range(16 * args.batch):
             most = 1 + min(3, int(4 * step / (0.1 * args.steps)))
             image, objects = make_demo.draw_scene(rng, int(rng.integers(1, most + 1)), plain=True)
-            pairs = questions(rng, objects, step > args.steps / 3)
+            pairs = questions(rng, objects, step > 0.15 * args.steps)
             if pairs:
                 pool.append((image, packer.row(pairs), DenseHead.targets(objects)))
         pool.sort(key=lambda scene: len(scene[1][0]))  # rows of like length share a batch

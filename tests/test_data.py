@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import random
+import shutil
 import time
 
 import numpy as np
@@ -464,3 +465,20 @@ def test_images_of_odd_modes_become_rgb(tmp_path):
         Image.new(mode, (5, 4)).save(file, "TIFF" if mode == "CMYK" else "PNG")
         (tmp_path / "x").write_bytes(file.getvalue())
         assert data.open_image(tmp_path / "x").mode == "RGB"
+
+
+def test_a_photo_is_turned_upright_but_an_image_of_a_data_set_is_read_as_stored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be shown turned by 90 degrees
+    Image.new("RGB", (40, 20)).save(tmp_path / "x.jpg", exif=exif)
+    assert data.open_image(tmp_path / "x.jpg", upright=True).size == (20, 40)
+    assert data.open_image(tmp_path / "x.jpg").size == (40, 20)
+
+
+def test_the_check_goes_on_after_a_damaged_jpeg_and_names_it(tmp_path, small_set, run):
+    shutil.copytree(small_set, tmp_path / "set")
+    damaged = tmp_path / "set/images/demo/JPEGImages/00002.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    printed = run("data.py --data_root set")
+    assert "cannot decode image" in printed and "00002.jpg" in printed
+    assert "0 bad records" not in printed and "written:" in printed

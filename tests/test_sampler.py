@@ -388,6 +388,14 @@ def test_the_embedding_is_computed_once_per_image_and_forgotten_in_turn(scene):
     assert len(calls) == 4  # b was the one unused for longest
 
 
+def test_an_image_without_a_key_is_never_taken_from_the_cache(scene, segmenter):
+    image, objects = scene
+    segmenter.set_image(Image.new("RGB", image.size))
+    blank = segmenter.predictor.features
+    segmenter.set_image(image)
+    assert not torch.equal(segmenter.predictor.features, blank)
+
+
 def test_several_boxes_unite(scene, segmenter):
     image, objects = scene
     segmenter.set_image(image)
