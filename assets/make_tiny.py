@@ -26,6 +26,7 @@ What made grounding learnable at this size:
 import argparse
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,8 @@ def build_vlm(processor):
     # the library loops over images; ours are all of one size and can attend in one call
     AttentionInterface.register("flash_uniform", uniform_attention)
     model.model.visual.config._attn_implementation = "flash_uniform"
+    AttentionInterface.register("recording", recording_attention)
+    model.model.language_model.config._attn_implementation = "recording"
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
@@ -193,158 +196,197 @@ def uniform_attention(
     return seen.transpose(1, 2).flatten(0, 1)[None], None
 
 
-class DenseHead(torch.nn.Module):
-    """What every vision token should know: the class, colour and box of the object it lies on."""
+CELL = 16  # pixels: the side of what one vision token covers behind the merger
+CLASSES, COLORS = list(make_demo.OUTLINES), list(make_demo.COLORS)
 
-    SIZES = [len(make_demo.OUTLINES) + 1, len(make_demo.COLORS), *[10] * 8, 4, 16]
-    UNDER = [
-        *SIZES[:2],
-        2,
-    ]  # a point: class and colour of what lies there, whether it is the target
+
+class Heads(torch.nn.Module):
+    """Auxiliary losses, thrown away after training: what every vision token and the last token of
+    every point should know."""
+
+    DENSE = [len(CLASSES) + 1, len(COLORS), 64, 128, 4, 16]
+    UNDER = [len(CLASSES) + 1, len(COLORS), 2]
 
     def __init__(self, width=128):
         super().__init__()
-        self.norm, self.out = torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.SIZES))
+        self.norm, self.dense = torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(self.DENSE))
         self.under = torch.nn.Linear(width, sum(self.UNDER))
 
     @staticmethod
-    def targets(objects, cell=16):
-        """(tokens, 30): class (last: ground), colour, hundreds and tens of the box in 0-1000, the
-        box's edges as seen from the token, in cells, all -100 where there is no object; and which
-        of its 4 x 4 parts lie on any object."""
-        side, names, colors = (
-            make_demo.SIZE // cell,
-            list(make_demo.OUTLINES),
-            list(make_demo.COLORS),
-        )
-        target = np.full((side, side, 14), -100.0)
-        target[..., 0] = len(names)
-        most = np.full((side, side), 0.08)
-        y, x = (np.mgrid[:side, :side] + 0.5) * cell
+    def targets(objects):
+        """(tokens, 28): class (the last: ground), colour, the token's centre and the object's box
+        in 0-1, the box's edges as seen from the token, in cells, -100 where there is no object; and
+        which of its 4 x 4 parts lie on any object."""
+        side = make_demo.SIZE // CELL
+        target = np.full((side, side, 12), -100.0)
+        y, x = (np.mgrid[:side, :side] + 0.5) * CELL
+        target[..., 0], most = len(CLASSES), np.full((side, side), 0.08)
+        target[..., 2:4] = np.stack([x, y], -1) / make_demo.SIZE
         for o in objects:
-            share = o.mask.reshape(side, cell, side, cell).mean((1, 3))
-            box = data.mask_to_box(o.mask)
-            digits = np.rint(box / make_demo.SIZE * 1000).clip(0, 999).astype(int)
-            target[share > most, 0] = names.index(o.class_name)
-            target[share > most, 1] = colors.index(o.color)
-            target[share > most, 2:10] = [*(digits // 100), *(digits // 10 % 10)]
-            target[share > most, 10:] = ((box - np.stack([x, y, x, y], -1)) / cell)[share > most]
+            share = o.mask.reshape(side, CELL, side, CELL).mean((1, 3))
+            box, on = data.mask_to_box(o.mask), share > most
+            target[on, :2] = CLASSES.index(o.class_name), COLORS.index(o.color)
+            target[on, 4:8] = box / make_demo.SIZE
+            target[on, 8:] = ((box - np.stack([x, y, x, y], -1)) / CELL)[on]
             most = np.maximum(most, share)
         covered = np.any([o.mask for o in objects], axis=0)
-        parts = covered.reshape(side, 4, cell // 4, side, 4, cell // 4).mean((2, 5)) > 0.5
+        parts = covered.reshape(side, 4, CELL // 4, side, 4, CELL // 4).mean((2, 5)) > 0.5
         parts = parts.transpose(0, 2, 1, 3).reshape(-1, 16)
-        target = np.concatenate([target.reshape(-1, 14), parts], axis=1)
-        return torch.tensor(target, dtype=torch.float32)
+        return torch.tensor(np.concatenate([target.reshape(-1, 12), parts], 1)).float()
 
-    def forward(self, features, target):
-        """Vision tokens (tokens, D) and their targets -> their losses, summed."""
-        *classes, edges, parts = self.out(self.norm(features.float())).split(self.SIZES, -1)
-        kinds = target[:, :10].long()
-        losses = [F.cross_entropy(c, kinds[:, i], ignore_index=-100) for i, c in enumerate(classes)]
-        on = kinds[:, 1] >= 0
-        edge_loss = F.smooth_l1_loss(edges[on], target[on, 10:14], beta=0.1)
-        part_loss = 4 * F.binary_cross_entropy_with_logits(parts, target[:, 14:])
+    def dense_loss(self, features, target):
+        """Vision tokens (tokens, 128) and their targets -> their losses, summed."""
+        kind, color, place, box, edges, parts = self.dense(self.norm(features.float())).split(
+            self.DENSE, -1
+        )
+        on = target[:, 1] >= 0
+        as_waves = lambda at, width: waves(at.flatten(), width, octaves=5).reshape(len(at), -1)
         return (
-            torch.stack(losses[:2]).mean() + torch.stack(losses[2:]).mean() + edge_loss + part_loss
+            F.cross_entropy(kind, target[:, 0].long())
+            + F.cross_entropy(color[on], target[on, 1].long())
+            + 2 * F.mse_loss(place, as_waves(target[:, 2:4], 32))
+            + 2 * F.mse_loss(box[on], as_waves(target[on, 4:8], 32))
+            + F.smooth_l1_loss(edges[on], target[on, 8:12], beta=0.1)
+            + 4 * F.binary_cross_entropy_with_logits(parts, target[:, 12:])
         )
 
-    def points(self, hidden, under):
+    def point_loss(self, hidden, under):
         """Hidden states (B, T, D) of the text -> loss of what lies under each point."""
         ends = under[..., 0] >= 0
         if not ends.any():
             return hidden.new_zeros(())
         guesses = self.under(hidden[ends].float()).split(self.UNDER, -1)
-        losses = [
+        return sum(
             F.cross_entropy(guess, under[ends][:, i], ignore_index=-100)
             for i, guess in enumerate(guesses)
-        ]
-        return torch.stack(losses).mean()
+            if (under[ends][:, i] >= 0).any()
+        )
+
+
+@dataclass
+class Question:
+    prompt: str
+    answer: str
+    tokens: np.ndarray  # the vision tokens to look at: the target's, or the one under each point
+    under: np.ndarray = None  # (N, 3): class and colour of what lies under a point, and its label
 
 
 def questions(rng, objects, ask_points):
-    """(prompt, answer, under) about one scene: the box of every object and, where
-    `ask_points` is set, the points of one.
-
-    `under` (N, 3): class and colour of what lies under each point and its label, None for a box.
-    """
-    size, pairs = make_demo.SIZE, []
-    judged = rng.integers(len(objects))
-    for i, target in enumerate(objects):
-        phrase = make_demo.describe(rng, objects, target)
+    """Questions about one scene: the box of every object and, where `ask_points` is set, scattered
+    points of two objects and the grid of one."""
+    size, asked = make_demo.SIZE, []
+    for i in rng.permutation(len(objects)):
+        target, phrase = objects[i], make_demo.describe(rng, objects, objects[i])
         if phrase is None:
             continue
-        box = data.mask_to_box(target.mask)
+        box, first = data.mask_to_box(target.mask), len(asked)
         think = bool(rng.random() < 0.4)
         why = data.rationale(target.class_name, box, size, size) if think else None
         relative = data.rescale(box, (size, size), (1000, 1000))
-        pairs.append((data.box_prompt(phrase, think=think), data.box_answer(relative, why), None))
-        if ask_points and i == judged:
+        side = size // CELL
+        share = target.mask.reshape(side, CELL, side, CELL).mean((1, 3))
+        on = np.flatnonzero(share.ravel() >= min(0.2, share.max()))
+        prompt = data.box_prompt(phrase, think=think)
+        asked.append(Question(prompt, data.box_answer(relative, why), on))
+        points = []
+        if ask_points and first < 4:  # in and around the box
+            wide = sampler.jitter_box(box, size, size, rng, rng.choice([0.1, 0.5, 1.0]))
+            wide = [*np.minimum(wide[:2], box[:2]), *np.maximum(wide[2:], box[2:])]
+            points.append(sampler.random_points(wide, int(rng.integers(1, 13)), rng))
+        if ask_points and first == 0:
             jittered = sampler.jitter_box(box, size, size, rng)
-            points = sampler.grid_points(jittered, size, size)
-            if rng.random() < 0.5:  # scattered in and around: a grid alone is answered by heart
-                around = sampler.jitter_box(box, size, size, rng, rng.choice([0.1, 0.5, 1.0]))
-                around = np.concatenate(
-                    [np.minimum(around[:2], box[:2]), np.maximum(around[2:], box[2:])]
-                )
-                points = sampler.random_points(around, int(rng.integers(6, 17)), rng)
-            relative = data.rescale(points, (size, size), (1000, 1000))
-            labels = sampler.label_points(points, target.mask)
-            under = np.array([[len(make_demo.OUTLINES), -100, 0]] * len(points))
-            for o in objects:
-                kind = list(make_demo.OUTLINES).index(o.class_name)
-                hit = sampler.label_points(points, o.mask) == 1
-                under[hit] = kind, list(make_demo.COLORS).index(o.color), o is target
+            points.append(sampler.grid_points(jittered, size, size))
+        for p in points:
+            relative = data.rescale(p, (size, size), (1000, 1000))
             prompt = data.point_prompt(phrase, relative, think=think)
-            pairs.append((prompt, data.point_answer(labels, why), under))
-    return pairs
+            answer = data.point_answer(sampler.label_points(p, target.mask), why)
+            column, row = np.floor(p / CELL).astype(int).clip(0, side - 1).T
+            under = what_lies_under(p, objects, target)
+            asked.append(Question(prompt, answer, row * side + column, under))
+    return asked
+
+
+def what_lies_under(points, objects, target):
+    """Class (the last: ground), colour (-100: none) and label of points (N, 2): (N, 3)."""
+    under = np.array([[len(CLASSES), -100, 0]] * len(points))
+    for o in objects:
+        hit = sampler.label_points(points, o.mask) == 1
+        under[hit] = CLASSES.index(o.class_name), COLORS.index(o.color), o is target
+    return under
+
+
+# Which layer's first head learns to look where: from a point's last token to the vision token under
+# it, from a number of the box to the target's vision tokens, from a label to its point.
+LOOKS = {"point": 1, "box": 2, "label": 3}
+
+
+def recording_attention(module, query, key, value, attention_mask, scaling=None, **_):
+    """The text's attention, with queries and keys (B, heads, T, D) left behind for look_loss."""
+    module.seen = query, key
+    out = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+def look_loss(attention, mask, looks):
+    """- log of the attention (B, T, T) of one layer's first head that goes where it should."""
+    rows, queries, keys = looks  # (n,), (n,), bool (n, T)
+    query, key = (states[:, 0].float() for states in attention.seen)
+    if not len(rows):
+        return query.new_zeros(())
+    scores = query @ key.transpose(1, 2) * attention.scaling + mask[:, 0]  # (B, T, T)
+    logp = scores[rows, queries].log_softmax(-1)
+    return -logp.masked_fill(~keys, -1e9).logsumexp(-1).mean()
 
 
 class Packer:
     """Scenes -> rows [image, question, answer, question, answer, …] with block attention."""
 
     def __init__(self, processor, model):
-        self.processor, tokenizer = processor, processor.tokenizer
-        self.encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-        self.eos = tokenizer.eos_token_id
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.eos = self.tokenizer.eos_token_id
         blank = np.zeros((make_demo.SIZE, make_demo.SIZE, 3), np.uint8)
         prefix = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
         one = processor(images=[blank], text=[prefix], return_tensors="pt")
         self.prefix, self.grid = one["input_ids"][0].tolist(), one["image_grid_thw"]
+        self.image = self.prefix.index(processor.image_token_id)  # where the vision tokens start
         kinds = one["mm_token_type_ids"]
         places, _ = model.model.get_rope_index(one["input_ids"], kinds, image_grid_thw=self.grid)
         self.places = places[:, 0]  # (3, P)
 
-    def row(self, pairs):
-        """-> ids, labels (-100 off the answers), segments (0: the image), positions (3, T), and
-        what lies under the point that a token ends, (T, 3), -100 elsewhere."""
+    def row(self, asked):
+        """A scene's questions -> ids, labels (-100 off the answers), segments (0: the image),
+        positions (3, T), [(layer, query, keys)] to look at, {token: what lies under its point}."""
+        encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]
         ids, labels, segment = list(self.prefix), [-100] * len(self.prefix), [0] * len(self.prefix)
-        unders = [torch.full((len(self.prefix), 3), -100)]
-        places, start = [self.places], int(self.places.max()) + 1
-        for i, (prompt, answer, under) in enumerate(pairs):
-            question, target = self.encode(prompt + TURN), [*self.encode(answer), self.eos]
-            ids += question + target
-            labels += [-100] * len(question) + target
-            segment += [i + 1] * len(question + target)
-            places.append((start + torch.arange(len(question + target))).expand(3, -1))
-            unders.append(torch.full((len(question + target), 3), -100))
-            if under is not None:
-                pieces = self.processor.tokenizer.convert_ids_to_tokens(question)
-                pairs_of = enumerate(zip(pieces, pieces[1:]))
-                ends = [t for t, (a, b) in pairs_of if a.isdigit() and b[0] == "]"]
-                unders[-1][ends] = torch.tensor(under)
-        return ids, labels, segment, torch.cat(places, 1), torch.cat(unders)
+        places, start, looks, unders = [self.places], int(self.places.max()) + 1, [], {}
+        for i, q in enumerate(asked):
+            question, target, at = encode(q.prompt + TURN), encode(q.answer), len(ids)
+            pieces = self.tokenizer.convert_ids_to_tokens(question + target)
+            ids += question + [*target, self.eos]
+            labels += [-100] * len(question) + [*target, self.eos]
+            segment += [i + 1] * (len(ids) - at)
+            places.append((start + torch.arange(len(ids) - at)).expand(3, -1))
+            numbers = [at + t for t in range(len(question), len(pieces)) if pieces[t].isdigit()]
+            seen = self.image + q.tokens
+            if q.under is None:
+                looks += [("box", number - 1, seen) for number in numbers]
+                continue
+            ends = [at + t for t, piece in enumerate(pieces[1 : len(question)]) if piece[0] == "]"]
+            looks += [("point", end, token) for end, token in zip(ends, seen)]
+            looks += [("label", n - 1, end) for n, end in zip(numbers, ends, strict=True)]
+            unders |= dict(zip(ends, q.under.tolist()))
+        return ids, labels, segment, torch.cat(places, 1), looks, unders
 
     def batch(self, scenes):
-        """[(image, row, dense)] -> model inputs, labels, dense targets, what lies under the points;
-        padded on the right."""
-        longest = max(len(row[0]) for _, row, _ in scenes)
+        """[(image, row, dense)] -> model inputs, labels, dense targets, what lies under the points
+        (B, T, 3), and for each layer that looks (rows, queries, keys); padded on the right."""
+        rows = [row for _, row, _ in scenes]
+        longest = max(len(row[0]) for row in rows)
         stack = lambda k, value: torch.tensor(
-            [row[k] + [value] * (longest - len(row[k])) for _, row, _ in scenes]
+            [row[k] + [value] * (longest - len(row[k])) for row in rows]
         )
         ids, labels, segment = stack(0, self.eos), stack(1, -100), stack(2, -1)
-        places = torch.stack(
-            [F.pad(row[3], (0, longest - row[3].shape[1])) for _, row, _ in scenes], 1
-        )  # (3, B, T)
+        places = [F.pad(row[3], (0, longest - row[3].shape[1])) for row in rows]
         mine, theirs = segment[:, :, None], segment[:, None, :]
         sees = ((mine == theirs) | (theirs == 0)).tril() | torch.eye(longest, dtype=torch.bool)
         images = self.processor.image_processor(
@@ -352,21 +394,30 @@ class Packer:
         )
         inputs = {
             "input_ids": ids,
-            "position_ids": places,
+            "position_ids": torch.stack(places, 1),  # (3, B, T)
             # NOTE: additive, with a finite floor: a row that sees nothing would come out as NaN
             "attention_mask": torch.where(sees, 0.0, -1e9)[:, None],  # (B, 1, T, T)
             "pixel_values": images["pixel_values"],
             "image_grid_thw": images["image_grid_thw"],
         }
-        unders = [
-            F.pad(row[4], (0, 0, 0, longest - len(row[4])), value=-100) for _, row, _ in scenes
-        ]
-        return inputs, labels, torch.cat([dense for _, _, dense in scenes]), torch.stack(unders)
+        under, looks = torch.full((len(rows), longest, 3), -100), {}
+        for b, row in enumerate(rows):
+            for token, what in row[5].items():
+                under[b, token] = torch.tensor(what)
+        for name in LOOKS:
+            wanted = [
+                (b, *look[1:]) for b, row in enumerate(rows) for look in row[4] if look[0] == name
+            ]
+            keys = torch.zeros(len(wanted), longest, dtype=torch.bool)
+            for n, (_, _, k) in enumerate(wanted):
+                keys[n, k] = True
+            looks[name] = [b for b, _, _ in wanted], [q for _, q, _ in wanted], keys
+        return inputs, labels, torch.cat([dense for _, _, dense in scenes]), under, looks
 
 
 def stream(packer, args):
-    """Endless batches. Scenes grow from one object to four over the first tenth of the run; points
-    are asked for after the first third: learning both at once took twice as long."""
+    """Endless batches. Scenes grow from one object to four over the first tenth of the run, and
+    points are asked for after the first sixth."""
     rng = np.random.default_rng(args.seed)
     step = 0
     while True:
@@ -374,9 +425,9 @@ def stream(packer, args):
         for _ in range(16 * args.batch):
             most = 1 + min(3, int(4 * step / (0.1 * args.steps)))
             image, objects = make_demo.draw_scene(rng, int(rng.integers(1, most + 1)), plain=True)
-            pairs = questions(rng, objects, step > 0.15 * args.steps)
-            if pairs:
-                pool.append((image, packer.row(pairs), DenseHead.targets(objects)))
+            asked = questions(rng, objects, step > args.steps / 6)
+            if asked:
+                pool.append((image, packer.row(asked), Heads.targets(objects)))
         pool.sort(key=lambda scene: len(scene[1][0]))  # rows of like length share a batch
         for i in rng.permutation(len(pool) // args.batch):
             yield packer.batch(pool[i * args.batch : (i + 1) * args.batch])
@@ -387,12 +438,12 @@ def train_vlm(args):
     torch.manual_seed(args.seed)
     processor = build_processor()
     model = build_vlm(processor)
-    packer, head, seen = Packer(processor, model), DenseHead(), []
+    packer, heads, seen = Packer(processor, model), Heads(), []
     model.model.visual.merger.register_forward_hook(lambda *call: seen.append(call[-1]))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     is_matrix = lambda n, p: p.ndim == 2 and "embed" not in n and "lm_head" not in n
     muon = torch.optim.Muon([p for n, p in named if is_matrix(n, p)], lr=0.02, weight_decay=0.0)
-    rest = [p for n, p in named if not is_matrix(n, p)] + list(head.parameters())
+    rest = [p for n, p in named if not is_matrix(n, p)] + list(heads.parameters())
     adamw = torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.0)
     ramp = lambda step: min(1, (step + 1) / 200, (args.steps - step) / (0.4 * args.steps))
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, ramp) for o in (muon, adamw)]
@@ -402,25 +453,28 @@ def train_vlm(args):
     )
     bar, batches = trange(args.steps), stream(packer, args)
     for step in bar:
-        inputs, labels, dense, under = next(batches)
-        with torch.autocast("cpu", torch.bfloat16):  # a fifth faster here; the weights stay float32
-            hidden = model.model(**inputs).last_hidden_state  # (B, T, D)
-            # logits only where an answer token is predicted
-            target = labels[:, 1:]
-            logits = model.lm_head(hidden[:, :-1][target != -100])  # (answer tokens, V)
-        loss = F.cross_entropy(logits.float(), target[target != -100])
-        dense_loss = head(seen.pop(), dense)
-        point_loss = head.points(hidden, under)
-        (loss + dense_loss + point_loss).backward()
+        inputs, labels, dense, under, looks = next(batches)
+        hidden = model.model(**inputs).last_hidden_state  # (B, T, D)
+        target = labels[:, 1:]  # logits only where an answer token is predicted
+        logits = model.lm_head(hidden[:, :-1][target != -100])  # (answer tokens, V)
+        losses = {
+            "answers": F.cross_entropy(logits, target[target != -100]),
+            "dense": heads.dense_loss(seen.pop(), dense),
+            "points": heads.point_loss(hidden, under),
+        }
+        for name, layer in LOOKS.items():
+            attention = model.model.language_model.layers[layer].self_attn
+            losses[f"look {name}"] = look_loss(attention, inputs["attention_mask"], looks[name])
+        sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip((muon, adamw), schedules):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
         if step % 50 == 0:
-            parts = {"answers": loss, "dense": dense_loss, "points": point_loss}
-            losses = ", ".join(f"{name} {part.item():.3f}" for name, part in parts.items())
-            bar.write(f"step {step}: {losses}")
+            bar.write(
+                f"step {step}: " + ", ".join(f"{k} {v.item():.3f}" for k, v in losses.items())
+            )
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             model.save_pretrained(args.out)
             processor.save_pretrained(args.out)
