@@ -10,17 +10,17 @@ are. The demo set is a harder domain, which sft.py has to learn. Of the SAM's sc
 harder kind: like the real one over aerial images it does well there, but profits from points.
 
 What made grounding learnable at this size:
-1. A dense auxiliary loss: every vision token behind the merger says which object it lies on (class,
-   colour), where that object's edges are and which parts of itself are covered. Without it, 16,000
-   one-object scenes taught the model nothing of position; with it, the answers follow what the
-   tokens know from the first minute on. Likewise, the last token of every point in a question says
-   what lies under that point: without it, labels stay a pattern learnt by heart. The heads are
-   thrown away.
-2. Position embeddings that start as sines and cosines of row and column, and Muon on the matrices.
-3. Points that are scattered, not only laid out in a grid: over a grid, the model learns by heart
-   which pattern each class gives, and never looks.
-4. All questions about an image packed behind one image prefix: each question sees the prefix and
-   itself, its positions restart behind the prefix. Three times as many answers per second.
+1. A dense auxiliary loss (`Heads`): every vision token behind the merger says which object it lies
+   on, where it and that object are, and which of its parts are covered. The heads are thrown away.
+2. Told where to look (`LOOKS`): in three layers one head's attention is supervised. A number of the
+   box looks at the target's vision tokens, the last token of a point at the vision token under it,
+   a label at its point. From the answers alone, labels stay a pattern per class, learnt by heart:
+   no point is ever looked up.
+3. Numbers up to 1000 are single tokens, and their embeddings start as sines and cosines, like the
+   position embeddings of rows and columns (`waves`): a point and its place begin alike.
+4. Points that are scattered, not only laid out in a grid, whose pattern could be guessed.
+5. Muon on the matrices, and all questions about an image packed behind one image prefix: each sees
+   the prefix and itself, its positions restart behind the prefix. Three times the answers a second.
 """
 
 import argparse

@@ -1,0 +1,57 @@
+"""The training of the tiny models: what packing must not change, and where heads are sent."""
+
+import numpy as np
+import torch
+
+import data
+import sampler
+from assets import make_demo, make_tiny
+
+ASSETS = sampler.ASSETS
+
+
+def scene_and_questions(seed=3):
+    rng = np.random.default_rng(seed)
+    image, objects = make_demo.draw_scene(rng, 3, plain=True)
+    return image, objects, make_tiny.questions(rng, objects, ask_points=True)
+
+
+def test_the_tiny_models_are_small_safetensors():
+    size = lambda folder: sum(f.stat().st_size for f in (ASSETS / folder).iterdir())
+    assert size("tiny_vlm") <= 10e6 and size("tiny_sam") <= 2e6
+    assert not [f for f in ASSETS.rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".p")]
+
+
+def test_packed_questions_are_answered_as_each_alone(tiny):
+    model, processor = tiny
+    image, objects, asked = scene_and_questions()
+    packer = make_tiny.Packer(processor, model)
+    row, blank = packer.row(asked), make_tiny.Heads.targets(objects)
+    inputs, labels, *_ = packer.batch([(image, row, blank), (image, packer.row(asked[:1]), blank)])
+    with torch.no_grad():
+        logits = model(**inputs).logits[0]  # (T, V)
+    packed = logits[:-1][labels[0, 1:] != -100]
+    alone = []
+    for q in asked:
+        batch = data.collate(processor, [image], [q.prompt], [q.answer])
+        answer = batch.pop("labels")[0, 1:] != -100
+        with torch.no_grad():
+            alone.append(model(**batch).logits[0, :-1][answer])
+    assert torch.allclose(packed, torch.cat(alone), atol=1e-3)
+
+
+def test_heads_are_sent_to_the_token_under_the_point_and_to_the_labels_point(tiny):
+    model, processor = tiny
+    _, objects, asked = scene_and_questions()
+    packer = make_tiny.Packer(processor, model)
+    ids, labels, _, _, looks, unders = packer.row(asked)
+    text = processor.tokenizer.convert_ids_to_tokens(ids)
+    side = make_demo.SIZE // make_tiny.CELL
+    for end, token in [look[1:] for look in looks if look[0] == "point"]:
+        cell = token - packer.image
+        x, y = (int(text[t]) / 1000 * make_demo.SIZE / make_tiny.CELL for t in (end - 2, end))
+        assert abs(cell % side + 0.5 - x) < 0.51 and abs(cell // side + 0.5 - y) < 0.51
+    for before, end in [look[1:] for look in looks if look[0] == "label"]:
+        assert int(text[before + 1]) == unders[end][2]
+    points = sum(len(q.tokens) for q in asked if q.under is not None)
+    assert len(unders) == points > 0
