@@ -2,13 +2,15 @@
 
 `plain` scenes (flat ground, nothing else) are what the tiny base model was pretrained on, by
 make_tiny.py. The demo set is the harder domain that SFT has to learn and GRPO to sharpen: textured
-ground, shadows, clutter, small objects. It is written to disk in the REFER layout and
-read back by the same reader as real data; data.load_samples("demo", …) makes it where it is absent.
+ground, shadows, clutter, small objects, and words of its own. It is written to disk in the REFER
+layout and read back by the same reader as real data; data.load_samples("demo", …) makes it where it
+is absent.
 """
 
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -44,6 +46,15 @@ OUTLINES = {
     "storage tank": [(np.sin(a) / 2, np.cos(a) / 2) for a in np.linspace(0, 2 * np.pi, 25)[:-1]],
 }
 # fmt: on
+# Every data set has its own words: half of the demo's phrases use these, which the tiny base model,
+# pretrained on phrases as `describe` writes them, has never heard.
+OTHER_NAMES = {
+    "ship": "vessel",
+    "airplane": "aircraft",
+    "building": "house",
+    "tennis court": "sports field",
+    "storage tank": "silo",
+}
 
 
 @dataclass
@@ -185,12 +196,19 @@ def describe(rng, objects, target, size=SIZE):
     return " ".join(words + ([place_words(*mine["place"])] if "place" in used else []))
 
 
+def reword(rng, phrase, name):
+    """A phrase of `describe` in the demo's words."""
+    if rng.random() < 0.5:
+        phrase = phrase.replace(name, OTHER_NAMES[name])
+    return re.sub("^A (?=[aeiou])", "An ", phrase)
+
+
 def describe_all(rng, objects, image_id, split, refs, annotations):
     """Append a ref and an annotation for every object that a phrase can single out."""
     for target in objects:
         tries = 2 if split == "train" else 1  # training sees two ways to say it where there are two
         phrases = [describe(rng, objects, target) for _ in range(tries)]
-        phrases = list(dict.fromkeys(filter(None, phrases)))
+        phrases = [reword(rng, p, target.class_name) for p in dict.fromkeys(filter(None, phrases))]
         if not phrases:
             continue
         ann_id, parts = len(annotations), [target.mask]

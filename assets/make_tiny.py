@@ -1,13 +1,15 @@
 """Train the two tiny models from nothing: assets/tiny_vlm (a Qwen3-VL) and assets/tiny_sam (a SAM).
 
-    python assets/make_tiny.py vlm     # about an hour on two CPU cores
+    python assets/make_tiny.py vlm     # two hours on two CPU cores
     python assets/make_tiny.py sam     # about 10 minutes
 
 They exist so that every script of this repository runs on a laptop, offline, through the very code
-that trains and tests the real models. The VLM is a *base* model: it sees only plain scenes (flat
-ground, no clutter), so it knows the words, both answer formats and roughly where things
-are. The demo set is a harder domain, which sft.py has to learn. Of the SAM's scenes 3 % are of that
-harder kind: like the real one over aerial images it does well there, but profits from points.
+that trains and tests the real models. The VLM is a *base* model: it is only ever asked about plain
+scenes (flat ground, no clutter), in both answer formats. The demo set is a harder domain with words
+of its own, which sft.py has to learn. Pictures of that kind are seen in a short second phase, with
+the vision encoder's auxiliary loss alone: SFT leaves the encoder frozen. Of the SAM's scenes 3 %
+are of the harder kind: like the real one over aerial images it does well there, but profits from
+points.
 
 What made grounding learnable at this size:
 1. A dense auxiliary loss (`Heads`): every vision token behind the merger says which object it lies
@@ -65,7 +67,7 @@ TURN = "<|im_end|>\n<|im_start|>assistant\n"  # between a question and its answe
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=["vlm", "sam"])
-    parser.add_argument("--steps", type=int, help="updates (default: 3600 vlm, 800 sam)")
+    parser.add_argument("--steps", type=int, help="updates (default: 4000 vlm, 800 sam)")
     parser.add_argument("--batch", type=int, default=16, help="scenes per update")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder (default: assets/tiny_<model>)")
@@ -271,9 +273,10 @@ class Question:
     under: np.ndarray = None  # (N, 3): class and colour of what lies under a point, and its label
 
 
-def questions(rng, objects, ask_points):
+def questions(rng, objects, ask_points, elsewhere=False):
     """Questions about one scene: the box of every object and, where `ask_points` is set, scattered
-    points of two objects and the grid of one."""
+    points of two objects and the grid of one. With `elsewhere`, some of those points lie over other
+    objects, as in a wrong box: only the phrase tells what to make of them."""
     size, asked = make_demo.SIZE, []
     for i in rng.permutation(len(objects)):
         target, phrase = objects[i], make_demo.describe(rng, objects, objects[i])
@@ -291,10 +294,14 @@ def questions(rng, objects, ask_points):
         points = []
         if ask_points and first < 4:  # in and around the box
             wide = sampler.jitter_box(box, size, size, rng, rng.choice([0.1, 0.5, 1.0]))
-            wide = [*np.minimum(wide[:2], box[:2]), *np.maximum(wide[2:], box[2:])]
+            other = rng.choice(len(objects)) if elsewhere and rng.random() < 0.5 else i
+            both = np.stack([wide, box, data.mask_to_box(objects[other].mask)])
+            wide = [*both[:, :2].min(0), *both[:, 2:].max(0)]
             points.append(sampler.random_points(wide, int(rng.integers(1, 13)), rng))
         if ask_points and first == 0:
-            jittered = sampler.jitter_box(box, size, size, rng)
+            other = rng.choice(len(objects)) if elsewhere and rng.random() < 0.25 else i
+            over = data.mask_to_box(objects[other].mask)
+            jittered = sampler.jitter_box(over, size, size, rng)
             points.append(sampler.grid_points(jittered, size, size))
         for p in points:
             relative = data.rescale(p, (size, size), (1000, 1000))
@@ -415,22 +422,27 @@ class Packer:
         return inputs, labels, torch.cat([dense for _, _, dense in scenes]), under, looks
 
 
-def stream(packer, args):
-    """Endless batches. Scenes grow from one object to four over the first tenth of the run, and
-    points are asked for after the first sixth."""
-    rng = np.random.default_rng(args.seed)
+def stream(packer, args, steps, demo):
+    """Endless batches. In the first phase (`demo` 0), scenes grow from one object to four over the
+    first tenth of its steps, and points are asked for after the first sixth. In the second, `demo`
+    demo scenes come with every batch, without a question: for the dense loss alone."""
+    rng = np.random.default_rng(args.seed + demo)
     step = 0
+
+    def draw(most, plain):
+        image, objects = make_demo.draw_scene(rng, int(rng.integers(1, most + 1)), plain)
+        asked = questions(rng, objects, demo > 0 or step > steps / 6, demo > 0) if plain else []
+        if plain and not asked:
+            return None
+        return image, packer.row(asked), Heads.targets(objects)
+
     while True:
-        pool = []
-        for _ in range(16 * args.batch):
-            most = 1 + min(3, int(4 * step / (0.1 * args.steps)))
-            image, objects = make_demo.draw_scene(rng, int(rng.integers(1, most + 1)), plain=True)
-            asked = questions(rng, objects, step > args.steps / 6)
-            if asked:
-                pool.append((image, packer.row(asked), Heads.targets(objects)))
+        most = 4 if demo else 1 + min(3, int(4 * step / (0.1 * steps)))
+        pool = [scene for _ in range(16 * args.batch) if (scene := draw(most, plain=True))]
         pool.sort(key=lambda scene: len(scene[1][0]))  # rows of like length share a batch
         for i in rng.permutation(len(pool) // args.batch):
-            yield packer.batch(pool[i * args.batch : (i + 1) * args.batch])
+            unasked = [draw(4, plain=False) for _ in range(demo)]
+            yield packer.batch(pool[i * args.batch : (i + 1) * args.batch] + unasked)
             step += 1
 
 
@@ -438,20 +450,27 @@ def train_vlm(args):
     torch.manual_seed(args.seed)
     processor = build_processor()
     model = build_vlm(processor)
+    print(
+        f"tiny VLM: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"vocabulary {len(processor.tokenizer)}"
+    )
+    train_phase(model, processor, args, args.steps, demo=0, peak=1.0)
+    train_phase(model, processor, args, args.steps // 5, demo=2, peak=0.7)
+    print_reached(*sampler.load_policy(args.out))
+
+
+def train_phase(model, processor, args, steps, demo, peak):
+    """`steps` updates with `demo` demo scenes in a batch; `peak`: factor of the learning rates."""
     packer, heads, seen = Packer(processor, model), Heads(), []
-    model.model.visual.merger.register_forward_hook(lambda *call: seen.append(call[-1]))
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    hook = model.model.visual.merger.register_forward_hook(lambda *call: seen.append(call[-1]))
+    named = list(model.named_parameters())
     is_matrix = lambda n, p: p.ndim == 2 and "embed" not in n and "lm_head" not in n
     muon = torch.optim.Muon([p for n, p in named if is_matrix(n, p)], lr=0.02, weight_decay=0.0)
     rest = [p for n, p in named if not is_matrix(n, p)] + list(heads.parameters())
     adamw = torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.0)
-    ramp = lambda step: min(1, (step + 1) / 200, (args.steps - step) / (0.4 * args.steps))
+    ramp = lambda step: peak * min(1, (step + 1) / 200, (steps - step) / (0.4 * steps))
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, ramp) for o in (muon, adamw)]
-    print(
-        f"tiny VLM: {sum(p.numel() for _, p in named):,} parameters, "
-        f"vocabulary {len(processor.tokenizer)}"
-    )
-    bar, batches = trange(args.steps), stream(packer, args)
+    bar, batches = trange(steps), stream(packer, args, steps, demo)
     for step in bar:
         inputs, labels, dense, under, looks = next(batches)
         hidden = model.model(**inputs).last_hidden_state  # (B, T, D)
@@ -475,10 +494,10 @@ def train_vlm(args):
             bar.write(
                 f"step {step}: " + ", ".join(f"{k} {v.item():.3f}" for k, v in losses.items())
             )
-        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+        if (step + 1) % 500 == 0 or step + 1 == steps:
             model.save_pretrained(args.out)
             processor.save_pretrained(args.out)
-    print_reached(*sampler.load_policy(args.out))
+    hook.remove()
 
 
 class Drawn:
@@ -607,6 +626,6 @@ def train_sam(args):
 
 if __name__ == "__main__":
     args = get_args()
-    args.steps = args.steps or {"vlm": 3600, "sam": 800}[args.model]
+    args.steps = args.steps or {"vlm": 4000, "sam": 800}[args.model]
     args.out = args.out or ASSETS / f"tiny_{args.model}"
     {"vlm": train_vlm, "sam": train_sam}[args.model](args)

@@ -1,6 +1,7 @@
 """The loss, the order of the data, several processes, and the shortest real command."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -73,6 +74,20 @@ def test_the_target_box_is_the_masks_box_in_the_models_frame(small_set):
         _, _, answer = questions[0, index, "box"]
         assert data.parse_boxes(answer) == [tuple(data.mask_to_box(sample.mask))]
         assert answer.startswith("<think>The ") and sample.class_name in answer
+
+
+def test_a_missed_grid_lies_on_another_object_and_is_labelled_by_the_phrases_own(small_set):
+    samples = data.load_samples("demo", small_set, "train")
+    fine = lambda w, h: (100 * w, 100 * h)  # so that rounding moves no point to another pixel
+    args = sft.get_args(["--miss_ratio", "1", "--jitter", "0"])
+    questions, missed = sft.Questions(samples, fine, args), 0
+    for index, sample in enumerate(samples[:20]):
+        _, prompt, answer = questions[0, index, "point"]
+        points = np.array(json.loads(re.search(r"points: (\[.*\])", prompt)[1])) / 100
+        labels = sampler.label_points(points, sample.mask).tolist()
+        assert data.parse_labels(answer) == labels
+        missed += sum(labels) == 0
+    assert 0 < missed < 20
 
 
 def test_the_rate_rises_then_falls_to_nothing():
