@@ -44,10 +44,24 @@ from sampler import InputError
 
 # What the demo does differently from the recipe for an 8 B model: a small model wants a larger
 # learning rate, has no use for dropout, and takes a batch of 16 in hardly more time than one of 1.
-RECIPE = {"lr": 5e-5, "lora_dropout": 0.05, "batch_size": 1, "accumulate": 8, "max_step": 0}
-RECIPE |= {"think_ratio": 0.0, "val_batch_size": 8}
-DEMO = {"lr": 1e-3, "lora_dropout": 0.0, "batch_size": 16, "accumulate": 2, "max_step": 350}
-DEMO |= {"think_ratio": 0.5, "val_batch_size": 64}
+RECIPE = dict(
+    lr=5e-5,
+    lora_dropout=0.05,
+    batch_size=1,
+    accumulate=8,
+    max_step=0,
+    think_ratio=0.0,
+    val_batch_size=8,
+)
+DEMO = dict(
+    lr=1e-3,
+    lora_dropout=0.0,
+    batch_size=16,
+    accumulate=2,
+    max_step=350,
+    think_ratio=0.5,
+    val_batch_size=64,
+)
 
 
 def get_args(argv=None):

@@ -1,10 +1,9 @@
 """Draw the demo set: aerial scenes of polygons, so that everything runs offline and in minutes.
 
-`plain` scenes (flat ground, nothing else) are what the tiny base model was pretrained on, by
-make_tiny.py. The demo set is the harder domain that SFT has to learn and GRPO to sharpen: textured
-ground, shadows, clutter, small objects, and words of its own. It is written to disk in the REFER
-layout and read back by the same reader as real data; data.load_samples("demo", …) makes it where it
-is absent.
+`plain` scenes (flat ground, nothing else) are what make_tiny.py asks the tiny base model about. The
+demo set is the harder domain that SFT has to learn and GRPO to sharpen: textured ground, shadows,
+clutter, small objects, and words of its own. It is written to disk in the REFER layout and read
+back by the same reader as real data; data.load_samples("demo", …) makes it where it is absent.
 """
 
 import json

@@ -199,7 +199,13 @@ def uniform_attention(
 
 
 CELL = 16  # pixels: the side of what one vision token covers behind the merger
+SIDE = make_demo.SIZE // CELL  # vision tokens in a row
 CLASSES, COLORS = list(make_demo.OUTLINES), list(make_demo.COLORS)
+
+
+def token_shares(mask):
+    """Share of every vision token's cell that a mask (H, W) covers, (SIDE, SIDE)."""
+    return mask.reshape(SIDE, CELL, SIDE, CELL).mean((1, 3))
 
 
 class Heads(torch.nn.Module):
@@ -219,20 +225,19 @@ class Heads(torch.nn.Module):
         """(tokens, 28): class (the last: ground), colour, the token's centre and the object's box
         in 0-1, the box's edges as seen from the token, in cells, -100 where there is no object; and
         which of its 4 x 4 parts lie on any object."""
-        side = make_demo.SIZE // CELL
-        target = np.full((side, side, 12), -100.0)
-        y, x = (np.mgrid[:side, :side] + 0.5) * CELL
-        target[..., 0], most = len(CLASSES), np.full((side, side), 0.08)
+        target = np.full((SIDE, SIDE, 12), -100.0)
+        y, x = (np.mgrid[:SIDE, :SIDE] + 0.5) * CELL
+        target[..., 0], most = len(CLASSES), np.full((SIDE, SIDE), 0.08)
         target[..., 2:4] = np.stack([x, y], -1) / make_demo.SIZE
         for o in objects:
-            share = o.mask.reshape(side, CELL, side, CELL).mean((1, 3))
+            share = token_shares(o.mask)
             box, on = data.mask_to_box(o.mask), share > most
             target[on, :2] = CLASSES.index(o.class_name), COLORS.index(o.color)
             target[on, 4:8] = box / make_demo.SIZE
             target[on, 8:] = ((box - np.stack([x, y, x, y], -1)) / CELL)[on]
             most = np.maximum(most, share)
         covered = np.any([o.mask for o in objects], axis=0)
-        parts = covered.reshape(side, 4, CELL // 4, side, 4, CELL // 4).mean((2, 5)) > 0.5
+        parts = covered.reshape(SIDE, 4, CELL // 4, SIDE, 4, CELL // 4).mean((2, 5)) > 0.5
         parts = parts.transpose(0, 2, 1, 3).reshape(-1, 16)
         return torch.tensor(np.concatenate([target.reshape(-1, 12), parts], 1)).float()
 
@@ -286,8 +291,7 @@ def questions(rng, objects, ask_points, elsewhere=False):
         think = bool(rng.random() < 0.4)
         why = data.rationale(target.class_name, box, size, size) if think else None
         relative = data.rescale(box, (size, size), (1000, 1000))
-        side = size // CELL
-        share = target.mask.reshape(side, CELL, side, CELL).mean((1, 3))
+        share = token_shares(target.mask)
         on = np.flatnonzero(share.ravel() >= min(0.2, share.max()))
         prompt = data.box_prompt(phrase, think=think)
         asked.append(Question(prompt, data.box_answer(relative, why), on))
@@ -307,9 +311,9 @@ def questions(rng, objects, ask_points, elsewhere=False):
             relative = data.rescale(p, (size, size), (1000, 1000))
             prompt = data.point_prompt(phrase, relative, think=think)
             answer = data.point_answer(sampler.label_points(p, target.mask), why)
-            column, row = np.floor(p / CELL).astype(int).clip(0, side - 1).T
+            column, row = np.floor(p / CELL).astype(int).clip(0, SIDE - 1).T
             under = what_lies_under(p, objects, target)
-            asked.append(Question(prompt, answer, row * side + column, under))
+            asked.append(Question(prompt, answer, row * SIDE + column, under))
     return asked
 
 
@@ -362,7 +366,7 @@ class Packer:
 
     def row(self, asked):
         """A scene's questions -> ids, labels (-100 off the answers), segments (0: the image),
-        positions (3, T), [(layer, query, keys)] to look at, {token: what lies under its point}."""
+        positions (3, T), [(name in LOOKS, query, keys)], {token: what lies under its point}."""
         encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]
         ids, labels, segment = list(self.prefix), [-100] * len(self.prefix), [0] * len(self.prefix)
         places, start, looks, unders = [self.places], int(self.places.max()) + 1, [], {}

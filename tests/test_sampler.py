@@ -111,12 +111,11 @@ def test_label_probabilities_equal_a_second_forward_pass(tiny, monkeypatch):
 def test_a_random_policy_never_emits_a_vision_token(tiny):
     model, processor = tiny
     images, prompts = ask(processor)
-    batch = data.collate(processor, images * 4, prompts * 4)
+    batch = data.collate(processor, images * 24, prompts * 24)
     torch.manual_seed(0)
     hot = sampler.generate(model, processor, batch, 60, temperature=1000.0)  # all but uniform
     texts = "".join(text for text, _ in hot)
-    others = ("<|im_start|>", "<think>", "</think>", "<answer>", "</answer>")
-    assert any(token in texts for token in others)  # single tokens, as the vision tokens are
+    assert "<|im_start|>" in texts  # other special tokens do come up
     assert not any(
         f"<|{name}|>" in texts for name in ("image_pad", "video_pad", "vision_start", "vision_end")
     )
