@@ -271,7 +271,8 @@ def load_samples(option, data_root, split=None, problems=None):
     if option == "demo":
         from assets.make_demo import make_demo
 
-        others = {p.parent.name for p in Path(data_root).glob("*/refs(unc).p")} - {"demo"}
+        refs = [p for depth in ("*", "*/*") for p in Path(data_root).glob(f"{depth}/refs(unc).p")]
+        others = {p.parent.name for p in refs} - {"demo"}
         if others:
             raise InputError(f"{data_root} holds {', '.join(others)}: name the set with --option")
         make_demo(data_root)
@@ -322,7 +323,9 @@ def _sample(ref, annotations, images, classes, folder, present):
         first = segmentation[0] if isinstance(segmentation, list) and segmentation else segmentation
         size = first["size"] if isinstance(first, dict) else (image["height"], image["width"])
         height, width = map(int, size)
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{where}: its record cannot be read ({error!r})") from None
     if file_name not in present:
         raise InputError(f"{where}: image {folder / file_name} is missing")
@@ -359,6 +362,7 @@ NO_THINK = "Answer between <answer> and </answer>, without any reasoning."
 def clean_phrase(phrase):
     """One line of plain text. NOTE: markup in a phrase (`<answer>`, `<|image_pad|>`) is broken up,
     or it would be read as a special token or as the answer."""
+    phrase = phrase.encode(errors="replace").decode()  # a lone surrogate, from a damaged argument
     phrase = " ".join(phrase.split()).replace("<", "< ")
     if not phrase:
         raise InputError("the phrase is empty: say what to look for, for example --query 'a ship'")

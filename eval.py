@@ -93,6 +93,8 @@ def get_args(argv=None):
         parser.error("--oracle and --best_of need a data set, not --image")
     if min(args.best_of, args.batch_size, args.k_min) < 1 or args.k_min > args.k_max:
         parser.error("--best_of, --batch_size and --k_min start at 1; --k_max is at least --k_min")
+    if args.temperature < 0 or args.max_new_tokens < 1 or args.seed < 0:
+        parser.error("--temperature and --seed start at 0, --max_new_tokens at 1")
     if args.best_of > 1 and args.temperature == 0:
         parser.error("--best_of needs answers that differ: set --temperature, for example 0.9")
     if args.paper:
@@ -175,7 +177,8 @@ def ask_labels(model, processor, images, phrases, points, args):
         for phrase, p, image, frame in zip(phrases, points, images, frames)
     ]
     batch = data.collate(processor, images, prompts)
-    answers = sampler.generate(model, processor, batch, args.max_new_tokens, args.temperature)
+    room = max(args.max_new_tokens, 2 * max(map(len, points)) + 32)  # a label and a comma each
+    answers = sampler.generate(model, processor, batch, room, args.temperature)
     judged = []
     for (text, char_probs), p in zip(answers, points):
         where, labels, confidence = data.label_positions(text), None, []
@@ -449,7 +452,9 @@ def segment_one(args, model, processor, segmenter, folder):
 
 def protocol_of(args, path):
     """What was run, for metrics.json and the head of the table."""
-    grid = f"{args.points} alpha={args.alpha:g} k={args.k_min}-{args.k_max} theta={args.theta:g}"
+    sides = f"alpha={args.alpha:g} k={args.k_min}-{args.k_max}"
+    sides = f"k={args.k_min}" if args.points == "fixed" else sides
+    grid = f"{args.points} {sides} theta={args.theta:g}"
     return {
         "option": args.option,
         "split": args.split,
@@ -498,6 +503,7 @@ def main(args):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     wait = dist.barrier if world > 1 else lambda: None
     torch.manual_seed(args.seed + rank)
+    sampler.check_device(args.device)
     path = args.eval_model_path or default_model(args.log_dir)
     needs_model = args.oracle != "points" and not (args.oracle == "box" and args.points == "none")
     model, processor = sampler.load_policy(path, args.device) if needs_model else (None, None)
@@ -516,7 +522,9 @@ def main(args):
     protocol = protocol_of(args, path)
     if rank == 0:
         weights = [fingerprint(path), fingerprint(args.sam_ckpt)]
-        refs = repr([(s.ref_id, s.phrases, str(s.image_path.resolve()), s.size) for s in samples])
+        of = lambda s: (s.ref_id, s.phrases, s.class_name, s.segmentation, s.size)
+        files = [(str(s.image_path.resolve()), s.image_path.stat().st_size) for s in samples]
+        refs = repr([[of(s) for s in samples], files])
         state = {**protocol, "weights": weights, "refs": zlib.crc32(refs.encode())}
         state |= {key: getattr(args, key) for key in ("seed", "max_new_tokens")}
         start_or_resume(folder, args, state)
@@ -543,7 +551,12 @@ def main(args):
     # 4. Metrics, over the file: what is reported is what was written.
     if rank == 0:
         rows = list(gather_predictions(folder).values())
-        assert len(rows) == sum(len(sample.phrases) for sample in samples)
+        expected = sum(len(sample.phrases) for sample in samples)
+        if len(rows) != expected:
+            raise InputError(
+                f"{len(rows)} of {expected} answers are in {folder}: another process writes there, "
+                "or the machines do not share it (--version_name, --log_dir)"
+            )
         group = lambda key, name: summarize([row for row in rows if row[key] == name])
         metrics = summarize(rows)
         metrics["by_scale"] = {name: m for name in SCALES if (m := group("scale", name))}
@@ -551,10 +564,12 @@ def main(args):
         metrics["by_class"] = {name: group("class_name", name) for name in classes}
         if args.best_of > 1:
             metrics["oracle_miou"] = np.mean([row["oracle_iou"] for row in rows])
-        metrics |= {"seconds": round(time.time() - start, 1), "protocol": protocol}
+        seconds = None if done else round(time.time() - start, 1)  # a part would be no measure
+        metrics |= {"seconds": seconds, "protocol": protocol}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, default=float))
         print(report(metrics))
-        print(f"{metrics['seconds']} s; written to {folder}: metrics.json, predictions.jsonl")
+        took = "continued" if done else f"{seconds} s"
+        print(f"{took}; written to {folder}: metrics.json, predictions.jsonl")
         if args.save_img:
             print(
                 f"and {save_pictures(folder / 'images', rows, samples, args)} pictures in images/"

@@ -93,6 +93,15 @@ def confident(probs, threshold=0.9):
 # ------------------------------------------------------------------------- policy
 
 
+def check_device(device):
+    """InputError if torch cannot put a tensor on `device`."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"--device {device} cannot be used: {why} (--device cpu works)") from None
+
+
 def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     """(model, processor) from a Hugging Face folder or hub name; the model in eval mode.
 
@@ -105,8 +114,7 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: torch sees no GPU here (--device cpu works)")
+    check_device(device)
     path, adapter = str(path), None
     if not Path(path).is_dir() and not (HUB_NAME.fullmatch(path) and not path.startswith("runs/")):
         raise InputError(f"no model at {path}: that folder does not exist")
@@ -120,7 +128,7 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     try:
         processor = AutoProcessor.from_pretrained(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         why = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(
             f"no model at {path}: expected a Hugging Face folder (config.json, *.safetensors) or "
@@ -129,6 +137,8 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     if adapter:
         load_adapter(model, adapter)
         merge_lora(model)
+        # the adapter's weights came as float32, and what it does not touch was frozen
+        model.to(dtype).requires_grad_(True)
     return model.to(device).eval(), processor
 
 
@@ -144,7 +154,10 @@ def answer_frame(model, processor, width, height):
 
     images = processor.image_processor
     least, most = images.size["shortest_edge"], images.size["longest_edge"]
-    rows, cols = smart_resize(height, width, images.patch_size * images.merge_size, least, most)
+    try:
+        rows, cols = smart_resize(height, width, images.patch_size * images.merge_size, least, most)
+    except ValueError:
+        raise InputError(f"an image of {width} x {height} is too long and thin") from None
     return cols, rows
 
 
@@ -181,7 +194,7 @@ def generate(model, processor, batch, max_new_tokens, temperature=0.0):
         for name in ("image", "video", "vision_start", "vision_end")
     ]
     batch = {key: value.to(model.device) for key, value in batch.items()}
-    # NOTE: every setting is given: a checkpoint's generation_config may hold top_k, penalties, …
+    # NOTE: a checkpoint's generation_config may hold top_k, top_p and a penalty, as Qwen's do
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     if temperature == 0:
         sampling = {"do_sample": False, "temperature": 1.0, "top_k": 50}  # unused; any other warns

@@ -50,16 +50,18 @@ RECIPE = dict(
     batch_size=1,
     accumulate=8,
     max_step=0,
+    point_ratio=0.5,
     think_ratio=0.0,
     val_batch_size=8,
 )
 DEMO = dict(
-    lr=1e-3,
+    lr=5e-3,
     lora_dropout=0.0,
     batch_size=16,
     accumulate=2,
-    max_step=350,
-    think_ratio=0.5,
+    max_step=370,
+    point_ratio=0.4,
+    think_ratio=0.3,
     val_batch_size=64,
 )
 
@@ -79,7 +81,7 @@ def get_args(argv=None):
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--split", default="train", help="split to train on")
     # tasks
-    add("--point_ratio", type=float, default=0.5, help="share of batches on the point task")
+    add("--point_ratio", type=float, help="share of batches on the point task")
     add("--miss_ratio", type=float, default=0.15, help="share of grids in any object's box")
     add("--think_ratio", type=float, help="share of answers that reason first")
     add("--jitter", type=float, default=0.1, help="box jitter of the point task, in box sides")
@@ -92,7 +94,7 @@ def get_args(argv=None):
     add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay")
     add("--batch_size", type=int, help="samples per process and micro-batch")
     add("--accumulate", type=int, help="micro-batches per update")
-    add("--epochs", type=float, default=2, help="passes over the split")
+    add("--epochs", type=float, default=2, help="passes over the split, where --max_step is 0")
     add("--max_step", type=int, help="stop after so many updates; 0: --epochs decides")
     add("--warmup", type=float, default=0.03, help="share of the updates in which the rate rises")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
@@ -112,8 +114,10 @@ def get_args(argv=None):
     for key, value in (DEMO if args.option == "demo" else RECIPE).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if min(args.batch_size, args.accumulate, args.save_step) < 1 or args.val_limit < 0:
-        parser.error("--batch_size, --accumulate and --save_step start at 1, --val_limit at 0")
+    if min(args.batch_size, args.accumulate, args.save_step) < 1:
+        parser.error("--batch_size, --accumulate and --save_step start at 1")
+    if min(args.val_limit, args.max_step, args.lora_rank, args.seed, args.workers) < 0:
+        parser.error("--val_limit, --max_step, --lora_rank, --seed and --workers start at 0")
     if not args.max_step and args.epochs <= 0:
         parser.error("nothing to do: set --epochs or --max_step")
     return args
@@ -222,6 +226,10 @@ def save(model, processor, args, folder):
 def main(args):
     # 1. Processes, folder, model.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    folder = Path(args.log_dir) / args.version_name
+    if Path(args.model_path).resolve() == folder.resolve():  # an adapter would be its own base
+        raise InputError(f"--model_path {folder} would be overwritten: give a new --version_name")
+    sampler.check_device(args.device)
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(args.device)
@@ -229,7 +237,6 @@ def main(args):
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     on_gpu = args.device.startswith("cuda")
     say = print if rank == 0 else lambda *_: None
-    folder = Path(args.log_dir) / args.version_name
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
@@ -279,6 +286,7 @@ def main(args):
         batch_sampler=batch_keys(len(trainable), args, rank, world),
         collate_fn=lambda rows: data.collate(processor, *zip(*rows)),
         num_workers=args.workers,
+        multiprocessing_context="fork" if args.workers else None,  # the lambdas cannot be pickled
     )
     batches = iter(loader)
     log = open(folder / "train.jsonl", "w") if rank == 0 else None

@@ -2,8 +2,8 @@
 
 `plain` scenes (flat ground, nothing else) are what make_tiny.py asks the tiny base model about. The
 demo set is the harder domain that SFT has to learn and GRPO to sharpen: textured ground, shadows,
-clutter, small objects, and words of its own. It is written to disk in the REFER layout and read
-back by the same reader as real data; data.load_samples("demo", …) makes it where it is absent.
+clutter, and words of its own. It is written to disk in the REFER layout and read back by the same
+reader as real data; data.load_samples("demo", …) makes it where it is absent.
 """
 
 import json
@@ -45,13 +45,11 @@ OUTLINES = {
     "storage tank": [(np.sin(a) / 2, np.cos(a) / 2) for a in np.linspace(0, 2 * np.pi, 25)[:-1]],
 }
 # fmt: on
-# Every data set has its own words: half of the demo's phrases use these, which the tiny base model,
-# pretrained on phrases as `describe` writes them, has never heard.
+# Every data set has words of its own. The demo calls three of the five classes by names that the
+# tiny base model, pretrained on phrases as `describe` writes them, has never heard.
 OTHER_NAMES = {
-    "ship": "vessel",
     "airplane": "aircraft",
     "building": "house",
-    "tennis court": "sports field",
     "storage tank": "silo",
 }
 
@@ -74,12 +72,11 @@ class SceneObject:
         return [tuple(corner) for corner in ((corners + self.center + shift) * zoom).tolist()]
 
 
-def place_objects(rng, count, plain, size=SIZE):
+def place_objects(rng, count, size=SIZE):
     """Up to `count` objects that do not touch, each wholly inside the image."""
-    shortest, longest = (20, 56) if plain else (14, 56)
     objects = []
     for _ in range(20 * count):
-        length = float(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
+        length = float(np.exp(rng.uniform(np.log(20), np.log(56))))
         center = rng.uniform(length / 2 + 2, size - length / 2 - 2, 2)
         turn = rng.uniform(0, 2 * np.pi)
         clear = all(np.hypot(*(center - o.center)) > 0.55 * (length + o.length) for o in objects)
@@ -128,7 +125,7 @@ def draw_ground(rng, plain, size=SIZE):
 
 def draw_scene(rng, count, plain=False, size=SIZE):
     """A scene of up to `count` objects -> (PIL image, list of SceneObject with masks)."""
-    objects = place_objects(rng, count, plain, size)
+    objects = place_objects(rng, count, size)
     image = Image.fromarray(draw_ground(rng, plain, size)).resize((2 * size, 2 * size))
     sun = rng.uniform(-0.12, 0.12, 2)
     for o in objects:
@@ -195,11 +192,9 @@ def describe(rng, objects, target, size=SIZE):
     return " ".join(words + ([place_words(*mine["place"])] if "place" in used else []))
 
 
-def reword(rng, phrase, name):
+def reword(phrase, name):
     """A phrase of `describe` in the demo's words."""
-    if rng.random() < 0.5:
-        phrase = phrase.replace(name, OTHER_NAMES[name])
-    return re.sub("^A (?=[aeiou])", "An ", phrase)
+    return re.sub("^A (?=[aeiou])", "An ", phrase.replace(name, OTHER_NAMES.get(name, name)))
 
 
 def describe_all(rng, objects, image_id, split, refs, annotations):
@@ -207,7 +202,7 @@ def describe_all(rng, objects, image_id, split, refs, annotations):
     for target in objects:
         tries = 2 if split == "train" else 1  # training sees two ways to say it where there are two
         phrases = [describe(rng, objects, target) for _ in range(tries)]
-        phrases = [reword(rng, p, target.class_name) for p in dict.fromkeys(filter(None, phrases))]
+        phrases = [reword(p, target.class_name) for p in dict.fromkeys(filter(None, phrases))]
         if not phrases:
             continue
         ann_id, parts = len(annotations), [target.mask]

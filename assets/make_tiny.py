@@ -1,6 +1,6 @@
 """Train the two tiny models from nothing: assets/tiny_vlm (a Qwen3-VL) and assets/tiny_sam (a SAM).
 
-    python assets/make_tiny.py vlm     # two hours on two CPU cores
+    python assets/make_tiny.py vlm     # a little over two hours on two CPU cores
     python assets/make_tiny.py sam     # about 10 minutes
 
 They exist so that every script of this repository runs on a laptop, offline, through the very code
@@ -103,7 +103,8 @@ def build_processor():
     lines = [data.BOX_TASK, data.POINT_TASK, data.RELATIVE, data.THINK, data.NO_THINK]
     tags = ["<think>", "</think>", "<answer>", "</answer>"]
     numbers = [str(n) for n in range(1001)]  # one token per coordinate
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in lines + tags + numbers])
+    texts = [*lines, *tags, *numbers, *make_demo.OTHER_NAMES.values()]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
@@ -388,6 +389,11 @@ class Packer:
             unders |= dict(zip(ends, q.under.tolist()))
         return ids, labels, segment, torch.cat(places, 1), looks, unders
 
+    def pixels(self, scenes):
+        """[(image, …)] -> pixel_values and image_grid_thw."""
+        images = [image for image, *_ in scenes]
+        return self.processor.image_processor(images=images, return_tensors="pt")
+
     def batch(self, scenes):
         """[(image, row, dense)] -> model inputs, labels, dense targets, what lies under the points
         (B, T, 3), and for each layer that looks (rows, queries, keys); padded on the right."""
@@ -400,16 +406,12 @@ class Packer:
         places = [F.pad(row[3], (0, longest - row[3].shape[1])) for row in rows]
         mine, theirs = segment[:, :, None], segment[:, None, :]
         sees = ((mine == theirs) | (theirs == 0)).tril() | torch.eye(longest, dtype=torch.bool)
-        images = self.processor.image_processor(
-            images=[image for image, _, _ in scenes], return_tensors="pt"
-        )
         inputs = {
             "input_ids": ids,
             "position_ids": torch.stack(places, 1),  # (3, B, T)
             # NOTE: additive, with a finite floor: a row that sees nothing would come out as NaN
             "attention_mask": torch.where(sees, 0.0, -1e9)[:, None],  # (B, 1, T, T)
-            "pixel_values": images["pixel_values"],
-            "image_grid_thw": images["image_grid_thw"],
+            **self.pixels(scenes),
         }
         under, looks = torch.full((len(rows), longest, 3), -100), {}
         for b, row in enumerate(rows):
@@ -427,26 +429,28 @@ class Packer:
 
 
 def stream(packer, args, steps, demo):
-    """Endless batches. In the first phase (`demo` 0), scenes grow from one object to four over the
-    first tenth of its steps, and points are asked for after the first sixth. In the second, `demo`
-    demo scenes come with every batch, without a question: for the dense loss alone."""
+    """Endless batches, each with the pictures and dense targets of `demo` demo scenes. In the first
+    phase (`demo` 0), scenes grow from one object to four over the first tenth of its steps, and
+    points are asked for after the first sixth."""
     rng = np.random.default_rng(args.seed + demo)
     step = 0
 
-    def draw(most, plain):
-        image, objects = make_demo.draw_scene(rng, int(rng.integers(1, most + 1)), plain)
-        asked = questions(rng, objects, demo > 0 or step > steps / 6, demo > 0) if plain else []
-        if plain and not asked:
-            return None
-        return image, packer.row(asked), Heads.targets(objects)
+    def draw(most):
+        image, objects = make_demo.draw_scene(rng, int(rng.integers(1, most + 1)), plain=True)
+        asked = questions(rng, objects, demo > 0 or step > steps / 6, demo > 0)
+        return (image, packer.row(asked), Heads.targets(objects)) if asked else None
+
+    def draw_unasked():
+        image, objects = make_demo.draw_scene(rng, int(rng.integers(1, 5)))
+        return image, Heads.targets(objects)
 
     while True:
         most = 4 if demo else 1 + min(3, int(4 * step / (0.1 * steps)))
-        pool = [scene for _ in range(16 * args.batch) if (scene := draw(most, plain=True))]
+        pool = [scene for _ in range(16 * args.batch) if (scene := draw(most))]
         pool.sort(key=lambda scene: len(scene[1][0]))  # rows of like length share a batch
         for i in rng.permutation(len(pool) // args.batch):
-            unasked = [draw(4, plain=False) for _ in range(demo)]
-            yield packer.batch(pool[i * args.batch : (i + 1) * args.batch] + unasked)
+            unasked = [draw_unasked() for _ in range(demo)]
+            yield packer.batch(pool[i * args.batch : (i + 1) * args.batch]), unasked
             step += 1
 
 
@@ -459,12 +463,13 @@ def train_vlm(args):
         f"vocabulary {len(processor.tokenizer)}"
     )
     train_phase(model, processor, args, args.steps, demo=0, peak=1.0)
-    train_phase(model, processor, args, args.steps // 5, demo=2, peak=0.7)
+    train_phase(model, processor, args, args.steps * 3 // 8, demo=16, peak=0.7)
     print_reached(*sampler.load_policy(args.out))
 
 
 def train_phase(model, processor, args, steps, demo, peak):
-    """`steps` updates with `demo` demo scenes in a batch; `peak`: factor of the learning rates."""
+    """`steps` updates, `demo` demo pictures in each for the dense loss alone; `peak`: factor of the
+    learning rates."""
     packer, heads, seen = Packer(processor, model), Heads(), []
     hook = model.model.visual.merger.register_forward_hook(lambda *call: seen.append(call[-1]))
     named = list(model.named_parameters())
@@ -474,21 +479,31 @@ def train_phase(model, processor, args, steps, demo, peak):
     adamw = torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.0)
     ramp = lambda step: peak * min(1, (step + 1) / 200, (steps - step) / (0.4 * steps))
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, ramp) for o in (muon, adamw)]
+    words = model.get_input_embeddings().weight
+    unheard = processor.tokenizer.convert_tokens_to_ids(list(make_demo.OTHER_NAMES.values()))
     bar, batches = trange(steps), stream(packer, args, steps, demo)
     for step in bar:
-        inputs, labels, dense, under, looks = next(batches)
+        (inputs, labels, dense, under, looks), unasked = next(batches)
         hidden = model.model(**inputs).last_hidden_state  # (B, T, D)
+        if unasked:  # through the vision encoder alone
+            pixels = packer.pixels(unasked)
+            model.model.visual(pixels["pixel_values"], pixels["image_grid_thw"])
+            dense = torch.cat([dense, *(target for _, target in unasked)])
         target = labels[:, 1:]  # logits only where an answer token is predicted
         logits = model.lm_head(hidden[:, :-1][target != -100])  # (answer tokens, V)
         losses = {
             "answers": F.cross_entropy(logits, target[target != -100]),
-            "dense": heads.dense_loss(seen.pop(), dense),
+            "dense": heads.dense_loss(torch.cat(seen), dense),
             "points": heads.point_loss(hidden, under),
         }
         for name, layer in LOOKS.items():
             attention = model.model.language_model.layers[layer].self_attn
             losses[f"look {name}"] = look_loss(attention, inputs["attention_mask"], looks[name])
+        seen.clear()
         sum(losses.values()).backward()
+        # the softmax would push all words that never occur the same way, and SFT could hardly tell
+        # them apart: the demo's stay where they start
+        words.grad[unheard] = 0
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip((muon, adamw), schedules):
             optimizer.step()

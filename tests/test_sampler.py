@@ -283,6 +283,8 @@ def test_an_adapter_alone_loads_onto_its_base(adapted, tmp_path):
     sampler.save_adapter(model, tmp_path / "adapter", sampler.TINY_VLM)
     loaded, _ = sampler.load_policy(tmp_path)
     assert (logits_of(loaded, batch) - logits_of(model, batch)).abs().max() < 1e-4
+    half, _ = sampler.load_policy(tmp_path, dtype=torch.bfloat16)
+    assert all(p.requires_grad and p.dtype == torch.bfloat16 for p in half.parameters())
 
 
 def test_the_real_peft_reads_the_adapter(adapted, tmp_path):

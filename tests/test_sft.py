@@ -138,6 +138,11 @@ def test_full_fine_tuning_moves_the_vision_encoder_too(small_set, run, tmp_path)
     assert not (tmp_path / "runs/sft/adapter").exists()
 
 
+def test_a_run_into_the_folder_that_it_starts_from_is_refused(run):
+    message = run("sft.py --model_path runs/sft", fails=True)
+    assert "--version_name" in message and message.count("\n") == 1
+
+
 def test_a_wrong_option_ends_in_one_line(run, small_set):
     message = run(f"sft.py --data_root {small_set} --option nothing", fails=True)
     assert message.startswith("error: --option nothing") and message.count("\n") == 1
