@@ -243,6 +243,11 @@ ALIASES = {
 }
 
 
+def sets_under(root):
+    """Names of the REFER sets in the folder `root` and in the folders directly inside it."""
+    return {p.parent.name for depth in ("*", "*/*") for p in root.glob(f"{depth}/refs(unc).p")}
+
+
 def find_dataset(option, data_root):
     """(ROOT, <ds>) of `--option`, where ROOT/<ds>/refs(unc).p exists; `data_root` may lie above."""
     names = ALIASES.get(option.lower(), [option, option.lower()])
@@ -256,7 +261,7 @@ def find_dataset(option, data_root):
         for name in names:
             if (folder / name / "refs(unc).p").is_file():
                 return folder, name
-    known = sorted({p.parent.name for f in folders for p in f.glob("*/refs(unc).p")})
+    known = sorted(sets_under(root))
     found = f"found there: {', '.join(known)}" if known else "no data set found there"
     raise InputError(f"--option {option}: no {names[0]}/refs(unc).p under {root} ({found})")
 
@@ -271,8 +276,7 @@ def load_samples(option, data_root, split=None, problems=None):
     if option == "demo":
         from assets.make_demo import make_demo
 
-        refs = [p for depth in ("*", "*/*") for p in Path(data_root).glob(f"{depth}/refs(unc).p")]
-        others = {p.parent.name for p in refs} - {"demo"}
+        others = sets_under(Path(data_root)) - {"demo"}
         if others:
             raise InputError(f"{data_root} holds {', '.join(others)}: name the set with --option")
         make_demo(data_root)
@@ -504,9 +508,6 @@ def collate(processor, images, prompts, answers=None):
     `labels` is -100 everywhere but on the answer's tokens and its end-of-sequence token. The answer
     is tokenised on its own, behind the very prompt tokens that generation would start from.
     """
-    for image in images:
-        if max(image.size) >= 200 * min(image.size):  # what Qwen's processors refuse
-            raise InputError(f"an image of {image.width} x {image.height} is too long and thin")
     chats = [
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
         for prompt in prompts

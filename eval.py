@@ -452,8 +452,8 @@ def segment_one(args, model, processor, segmenter, folder):
 
 def protocol_of(args, path):
     """What was run, for metrics.json and the head of the table."""
-    sides = f"alpha={args.alpha:g} k={args.k_min}-{args.k_max}"
-    sides = f"k={args.k_min}" if args.points == "fixed" else sides
+    scaled = f"alpha={args.alpha:g} k={args.k_min}-{args.k_max}"
+    sides = f"k={args.k_min}" if args.points == "fixed" else scaled
     grid = f"{args.points} {sides} theta={args.theta:g}"
     return {
         "option": args.option,
@@ -503,7 +503,6 @@ def main(args):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     wait = dist.barrier if world > 1 else lambda: None
     torch.manual_seed(args.seed + rank)
-    sampler.check_device(args.device)
     path = args.eval_model_path or default_model(args.log_dir)
     needs_model = args.oracle != "points" and not (args.oracle == "box" and args.points == "none")
     model, processor = sampler.load_policy(path, args.device) if needs_model else (None, None)
@@ -522,9 +521,9 @@ def main(args):
     protocol = protocol_of(args, path)
     if rank == 0:
         weights = [fingerprint(path), fingerprint(args.sam_ckpt)]
-        of = lambda s: (s.ref_id, s.phrases, s.class_name, s.segmentation, s.size)
-        files = [(str(s.image_path.resolve()), s.image_path.stat().st_size) for s in samples]
-        refs = repr([[of(s) for s in samples], files])
+        truth = lambda s: (s.ref_id, s.phrases, s.class_name, s.segmentation, s.size)
+        image = lambda path: (str(path.resolve()), path.stat().st_size)
+        refs = repr([(truth(s), image(s.image_path)) for s in samples])
         state = {**protocol, "weights": weights, "refs": zlib.crc32(refs.encode())}
         state |= {key: getattr(args, key) for key in ("seed", "max_new_tokens")}
         start_or_resume(folder, args, state)

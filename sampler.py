@@ -146,18 +146,17 @@ def answer_frame(model, processor, width, height):
     """The (width, height) in which the model speaks of an image of that many pixels.
 
     Qwen2.5-VL answers in pixels of the image *after its processor resized it*; Qwen2-VL, Qwen3-VL
-    and most others on a relative scale of 0 to 1000.
+    and most others on a relative scale of 0 to 1000. InputError for an image too thin for them.
     """
+    if max(width, height) >= 200 * min(width, height):  # what Qwen's processors refuse
+        raise InputError(f"an image of {width} x {height} is too long and thin")
     if model.config.model_type != "qwen2_5_vl":
         return 1000, 1000
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     images = processor.image_processor
     least, most = images.size["shortest_edge"], images.size["longest_edge"]
-    try:
-        rows, cols = smart_resize(height, width, images.patch_size * images.merge_size, least, most)
-    except ValueError:
-        raise InputError(f"an image of {width} x {height} is too long and thin") from None
+    rows, cols = smart_resize(height, width, images.patch_size * images.merge_size, least, most)
     return cols, rows
 
 
@@ -476,6 +475,7 @@ class Segmenter:
     def __init__(self, checkpoint=TINY_SAM, device="cpu", multimask=False, cache_size=16):
         from segment_anything import SamPredictor
 
+        check_device(device)
         self.predictor = SamPredictor(load_sam(checkpoint).to(device))
         self.multimask, self.cache, self.cache_size = multimask, OrderedDict(), cache_size
 

@@ -18,7 +18,7 @@
     torchrun --nproc_per_node 4 sft.py --model_path Qwen/Qwen3-VL-8B-Instruct \\
         --data_root /path/to/RRSIS-D --option RRSISD --gradient_checkpointing
 
-The demo is this same recipe with the numbers in DEMO below.
+The demo is this same recipe with numbers of its own, in DEFAULTS below.
 """
 
 import argparse
@@ -42,27 +42,17 @@ import sampler
 from eval import validate
 from sampler import InputError
 
-# What the demo does differently from the recipe for an 8 B model: a small model wants a larger
-# learning rate, has no use for dropout, and takes a batch of 16 in hardly more time than one of 1.
-RECIPE = dict(
-    lr=5e-5,
-    lora_dropout=0.05,
-    batch_size=1,
-    accumulate=8,
-    max_step=0,
-    point_ratio=0.5,
-    think_ratio=0.0,
-    val_batch_size=8,
-)
-DEMO = dict(
-    lr=5e-3,
-    lora_dropout=0.0,
-    batch_size=16,
-    accumulate=2,
-    max_step=370,
-    point_ratio=0.4,
-    think_ratio=0.3,
-    val_batch_size=64,
+# (the recipe for an 8 B model, the demo): a small model wants a larger learning rate, has no use
+# for dropout, and takes a batch of 16 in hardly more time than one of 1.
+DEFAULTS = dict(
+    lr=(5e-5, 5e-3),
+    lora_dropout=(0.05, 0.0),
+    batch_size=(1, 16),
+    accumulate=(8, 2),
+    max_step=(0, 370),
+    point_ratio=(0.5, 0.4),
+    think_ratio=(0.0, 0.3),
+    val_batch_size=(8, 64),
 )
 
 
@@ -70,9 +60,9 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 
     def add(name, **options):
-        if name.strip("-") in RECIPE:  # resolved below: the demo has numbers of its own
-            key = name.strip("-")
-            options["help"] += f" (default {RECIPE[key]:g}; demo {DEMO[key]:g})"
+        if name.strip("-") in DEFAULTS:  # resolved below, where the data set is known
+            recipe, demo = DEFAULTS[name.strip("-")]
+            options["help"] += f" (default {recipe:g}; demo {demo:g})"
         parser.add_argument(name, **options)
 
     # model and data
@@ -111,9 +101,9 @@ def get_args(argv=None):
     add("--val_limit", type=int, default=200, help="validation samples before and after; 0: none")
     add("--val_batch_size", type=int, help="validation samples per process and batch")
     args = parser.parse_args(argv)
-    for key, value in (DEMO if args.option == "demo" else RECIPE).items():
+    for key, (recipe, demo) in DEFAULTS.items():
         if getattr(args, key) is None:
-            setattr(args, key, value)
+            setattr(args, key, demo if args.option == "demo" else recipe)
     if min(args.batch_size, args.accumulate, args.save_step) < 1:
         parser.error("--batch_size, --accumulate and --save_step start at 1")
     if min(args.val_limit, args.max_step, args.lora_rank, args.seed, args.workers) < 0:

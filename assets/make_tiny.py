@@ -284,6 +284,12 @@ def questions(rng, objects, ask_points, elsewhere=False):
     points of two objects and the grid of one. With `elsewhere`, some of those points lie over other
     objects, as in a wrong box: only the phrase tells what to make of them."""
     size, asked = make_demo.SIZE, []
+
+    def box_of(i, chance):
+        """Of object i or, by chance, of any."""
+        other = rng.choice(len(objects)) if elsewhere and rng.random() < chance else i
+        return data.mask_to_box(objects[other].mask)
+
     for i in rng.permutation(len(objects)):
         target, phrase = objects[i], make_demo.describe(rng, objects, objects[i])
         if phrase is None:
@@ -299,14 +305,11 @@ def questions(rng, objects, ask_points, elsewhere=False):
         points = []
         if ask_points and first < 4:  # in and around the box
             wide = sampler.jitter_box(box, size, size, rng, rng.choice([0.1, 0.5, 1.0]))
-            other = rng.choice(len(objects)) if elsewhere and rng.random() < 0.5 else i
-            both = np.stack([wide, box, data.mask_to_box(objects[other].mask)])
+            both = np.stack([wide, box, box_of(i, 0.5)])
             wide = [*both[:, :2].min(0), *both[:, 2:].max(0)]
             points.append(sampler.random_points(wide, int(rng.integers(1, 13)), rng))
         if ask_points and first == 0:
-            other = rng.choice(len(objects)) if elsewhere and rng.random() < 0.25 else i
-            over = data.mask_to_box(objects[other].mask)
-            jittered = sampler.jitter_box(over, size, size, rng)
+            jittered = sampler.jitter_box(box_of(i, 0.25), size, size, rng)
             points.append(sampler.grid_points(jittered, size, size))
         for p in points:
             relative = data.rescale(p, (size, size), (1000, 1000))

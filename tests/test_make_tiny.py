@@ -47,12 +47,9 @@ def test_heads_are_sent_to_the_token_under_the_point_and_to_the_labels_point(tin
     ids, labels, _, _, looks, unders = packer.row(asked)
     text = processor.tokenizer.convert_ids_to_tokens(ids)
     for end, token in [look[1:] for look in looks if look[0] == "point"]:
-        cell = token - packer.image
+        row, column = divmod(token - packer.image, make_tiny.SIDE)
         x, y = (int(text[t]) / 1000 * make_demo.SIZE / make_tiny.CELL for t in (end - 2, end))
-        assert (
-            abs(cell % make_tiny.SIDE + 0.5 - x) < 0.51
-            and abs(cell // make_tiny.SIDE + 0.5 - y) < 0.51
-        )
+        assert abs(column + 0.5 - x) < 0.51 and abs(row + 0.5 - y) < 0.51
     for before, end in [look[1:] for look in looks if look[0] == "label"]:
         assert int(text[before + 1]) == unders[end][2]
     points = sum(len(q.tokens) for q in asked if q.under is not None)
