@@ -18,19 +18,21 @@ are bool (H, W). A suffix names the frame: `_px` is native pixels; `rescale` is 
 
 import argparse
 import json
+import math
 import os
 import pickle
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from sampler import UNPICKLING_ERRORS, InputError
+from sampler import UNPICKLING_ERRORS, InputError, grid_points, jitter_box, label_points
 
 # ------------------------------------------------------------------------- boxes, masks, frames
 
@@ -55,6 +57,48 @@ def box_iou(a, b):
     area = lambda box: np.clip(box[..., 2:] - box[..., :2], 0, None).prod(-1)
     union = area(a) + area(b) - inter
     return np.where(union > 0, inter / np.where(union > 0, union, 1), 0.0)
+
+
+def assign(scores):
+    """Column for every row of scores (N, M), N <= M, each used once, with the largest total: (N,).
+
+    The Hungarian method, O(N^2 M): rows join one by one along the cheapest alternating path; the
+    potentials `u` and `v` keep every reduced cost at 0 or above.
+    """
+    cost = -np.asarray(scores, dtype=np.float64)
+    rows, cols = cost.shape
+    u, v = np.zeros(rows), np.zeros(cols + 1)
+    row_of = np.full(cols + 1, -1)  # the last column is where a new row enters
+    for row in range(rows):
+        row_of[cols], col = row, cols
+        least, came, visited = np.full(cols, np.inf), np.full(cols, cols), np.zeros(cols + 1, bool)
+        while row_of[col] >= 0:
+            visited[col] = True
+            free = ~visited[:cols]
+            reduced = cost[row_of[col]] - u[row_of[col]] - v[:cols]
+            better = free & (reduced < least)
+            least[better], came[better] = reduced[better], col
+            nearest = np.where(free, least, np.inf).argmin()
+            step = least[nearest]
+            u[row_of[visited]] += step
+            v[visited] -= step
+            least[free] -= step
+            col = nearest
+        while col != cols:  # turn the path round
+            row_of[col], col = row_of[came[col]], came[col]
+    columns = np.empty(rows, dtype=int)
+    columns[row_of[:cols][row_of[:cols] >= 0]] = np.flatnonzero(row_of[:cols] >= 0)
+    return columns
+
+
+def matched_iou(pred, true):
+    """IoU summed over the best matching of boxes (N, 4) with boxes (M, 4), divided by the larger
+    count, so that extra and missing boxes cost; 0 if there are none."""
+    iou = box_iou(pred, true)  # (N, M)
+    iou = iou if len(iou) <= iou.shape[1] else iou.T
+    if not len(iou):
+        return 0.0
+    return float(iou[np.arange(len(iou)), assign(iou)].sum() / iou.shape[1])
 
 
 def mask_iou(pred, true):
@@ -496,6 +540,81 @@ def parse_labels(text):
     """A model's text -> list of labels 0/1, or None if it is not a list of them. No text raises."""
     positions = label_positions(text)
     return None if positions is None else [int(text[i]) for i in positions]
+
+
+# ------------------------------------------------------------------------- questions
+
+
+class Questions(Dataset):
+    """(epoch, index, task) -> (image, prompt, answer), what both stages of training ask.
+
+    task: "box", or "point" for the labels of a grid in the true box, jittered, or in any object's
+    (share `miss_ratio`). A share `think_ratio` of the answers reasons. frame_of(width, height): see
+    sampler.answer_frame. args: seed, think_ratio, miss_ratio, jitter. The key alone seeds every
+    draw, so that a question does not depend on the process or the worker that makes it.
+    """
+
+    def __init__(self, samples, frame_of, args):
+        self.samples, self.frame_of, self.args = samples, frame_of, args
+        self.in_image = defaultdict(list)
+        for sample in samples:
+            self.in_image[sample.image_path].append(sample)
+
+    def __getitem__(self, key):
+        epoch, index, task = key
+        args, sample = self.args, self.samples[index]
+        rng = np.random.default_rng([args.seed, epoch, index])
+        image, mask = sample.image(), sample.mask
+        width, height = image.size
+        frame = self.frame_of(width, height)
+        phrase = sample.phrases[rng.integers(len(sample.phrases))]
+        box = mask_to_box(mask)
+        think = bool(rng.random() < args.think_ratio)
+        why = rationale(sample.class_name, box, width, height) if think else None
+        if task == "box":
+            target = rescale(box, image.size, frame)
+            return image, box_prompt(phrase, frame, think), box_answer(target, why)
+        if rng.random() < args.miss_ratio:  # from true boxes alone one learns that 1 is always safe
+            others = self.in_image[sample.image_path]
+            box = mask_to_box(others[rng.integers(len(others))].mask)
+        box = jitter_box(box, width, height, rng, args.jitter)
+        points = grid_points(box, width, height)
+        labels = label_points(points, mask)
+        shown = rescale(points, image.size, frame)
+        return image, point_prompt(phrase, shown, frame, think), point_answer(labels, why)
+
+
+class Order:
+    """Endless keys of Questions: this process's next micro-batch, epoch after epoch.
+
+    All processes walk the same shuffled epochs and take neighbouring slices of each global batch;
+    an epoch's tail is filled from its own start. `epoch` and `cursor` say where the walk stands,
+    and set_epoch takes it anywhere. args: seed, batch_size, point_ratio.
+    """
+
+    def __init__(self, count, args, rank, world):
+        self.count, self.args, self.rank, self.world = count, args, rank, world
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch, cursor=0):
+        self.epoch, self.cursor = epoch, cursor
+        rng = np.random.default_rng([self.args.seed, epoch])
+        size = self.args.batch_size * self.world
+        order = np.resize(rng.permutation(self.count), math.ceil(self.count / size) * size)
+        self.batches = order.reshape(-1, self.world, self.args.batch_size)
+        # one task per batch: point prompts are several times as long, and padding would cost it
+        self.points = rng.random(len(self.batches)) < self.args.point_ratio
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.cursor == len(self.batches):
+            self.set_epoch(self.epoch + 1)
+        task = "point" if self.points[self.cursor] else "box"
+        mine = self.batches[self.cursor][self.rank].tolist()
+        self.cursor += 1
+        return [(self.epoch, index, task) for index in mine]
 
 
 # ------------------------------------------------------------------------- batches

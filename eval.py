@@ -130,7 +130,7 @@ def box_score(boxes, true_box):
     """
     if not np.any(true_box):
         return float(not len(boxes))
-    return float(data.box_iou(boxes, true_box).max() / len(boxes)) if len(boxes) else 0.0
+    return data.matched_iou(boxes, true_box)
 
 
 def point_score(labels, points_px, mask):

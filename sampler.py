@@ -8,7 +8,9 @@
    Points whose label the model itself doubts (p < 0.9) are dropped.
 2. **Policy.** Any multimodal language model that transformers loads; LoRA; batched generation that
    also gives the probability of every character, so that doubt costs no second forward pass.
-3. **SAM.** Frozen. Box + positive points + negative points -> mask. Its image encoder is the slow
+3. **Groups.** For GRPO: G completions of one prompt, sampled from one shared prefill, and the
+   log-probs of G completions behind one shared prompt, in one row.
+4. **SAM.** Frozen. Box + positive points + negative points -> mask. Its image encoder is the slow
    part and runs once per image, however many prompts follow.
 
 Departures from the paper (ReSaP): K_min is 3 where the paper has 1, because one point in a small
@@ -20,6 +22,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -27,6 +30,7 @@ from pickle import UnpicklingError
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -102,6 +106,24 @@ def check_device(device):
         raise InputError(f"--device {device} cannot be used: {why} (--device cpu works)") from None
 
 
+def start_processes(args):
+    """Join the group of processes that torchrun started, if any, and give args.device its number.
+
+    Returns (rank, world, local_rank): (0, 1, 0) without torchrun. nccl on CUDA, gloo on CPU.
+    """
+    rank, world, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    check_device(args.device)
+    if args.device == "cuda":
+        args.device = f"cuda:{local_rank}"
+        torch.cuda.set_device(args.device)
+    if world > 1:
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    return rank, world, local_rank
+
+
 def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     """(model, processor) from a Hugging Face folder or hub name; the model in eval mode.
 
@@ -160,6 +182,20 @@ def answer_frame(model, processor, width, height):
     return cols, rows
 
 
+def mixed_precision(model):
+    """bfloat16 arithmetic on CUDA, and wherever the weights are bfloat16 (LoRA and the merger train
+    in float32 beside them). Every call of the model is made under it, the reference's too."""
+    half = model.device.type == "cuda" or model.dtype == torch.bfloat16
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=half)
+
+
+def vision_tokens(model):
+    """Ids of the tokens that stand for vision: a model must not write them."""
+    names = ("image", "video", "vision_start", "vision_end")
+    ids = [getattr(model.config, f"{name}_token_id", None) for name in names]
+    return [token for token in ids if token is not None]
+
+
 class CharProbs:
     """Logits processor that keeps the probability, at temperature 1, of each generated token.
 
@@ -187,18 +223,13 @@ def generate(model, processor, batch, max_new_tokens, temperature=0.0):
     char_probs: the probability of the token that each character came from. Temperature 0 is greedy.
     Vision tokens are suppressed: a model that emits `<|image_pad|>` cannot be scored afterwards.
     """
-    tokenizer, config, recorder = processor.tokenizer, model.config, CharProbs()
-    vision = [
-        getattr(config, f"{name}_token_id", None)
-        for name in ("image", "video", "vision_start", "vision_end")
-    ]
+    tokenizer, recorder = processor.tokenizer, CharProbs()
     batch = {key: value.to(model.device) for key, value in batch.items()}
     # NOTE: a checkpoint's generation_config may hold top_k, top_p and a penalty, as Qwen's do
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     if temperature == 0:
         sampling = {"do_sample": False, "temperature": 1.0, "top_k": 50}  # unused; any other warns
-    half = model.dtype == torch.bfloat16  # in training, LoRA and merger are float32 beside it
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+    with mixed_precision(model):
         sequences = model.generate(
             **batch,
             **sampling,
@@ -206,7 +237,7 @@ def generate(model, processor, batch, max_new_tokens, temperature=0.0):
             top_p=1.0,
             repetition_penalty=1.0,
             num_beams=1,
-            suppress_tokens=[token for token in vision if token is not None] or None,
+            suppress_tokens=vision_tokens(model) or None,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             logits_processor=[recorder],
@@ -221,6 +252,140 @@ def generate(model, processor, batch, max_new_tokens, temperature=0.0):
             lengths = np.diff([len(tokenizer.decode(row[:i])) for i in range(end + 1)]).clip(0)
         answers.append((text, np.repeat(row_probs[:end], lengths)[: len(text)]))
     return answers
+
+
+# ------------------------------------------------------------------------- groups
+# B prompts, left-padded to P; G completions of each, right-padded to C; rows b*G … b*G + G - 1
+# belong to prompt b. A group of one prompt is the case B = 1.
+
+
+def prompt_positions(model, prompt):
+    """Rotary positions of prompt tokens, (3, B, P) or (B, P) without M-RoPE, and the next, (B,)."""
+    attention = prompt["attention_mask"]
+    if hasattr(model.model, "get_rope_index"):
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+        positions, _ = model.model.get_rope_index(**{k: prompt[k] for k in names if k in prompt})
+    else:
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)
+    return positions, positions.view(-1, *attention.shape).amax((0, 2)) + 1
+
+
+def to_device(prompt, model):
+    return {key: value.to(model.device) for key, value in prompt.items()}
+
+
+def take_prompts(prompt, rows):
+    """The inputs of some of B prompts. Patches of all images lie in one tensor, image by image."""
+    taken = {key: value[rows] for key, value in prompt.items() if key != "pixel_values"}
+    patches = prompt["pixel_values"].split(prompt["image_grid_thw"].prod(-1).tolist())
+    return {**taken, "pixel_values": torch.cat([patches[row] for row in rows])}
+
+
+@torch.no_grad()
+def sample_group(model, processor, prompt, group, max_new_tokens, temperature=1.0):
+    """Sample `group` completions of each prompt: (ids, mask, logp), each (B*G, C).
+
+    prompt: inputs of B prompts (data.collate). mask is True up to the end-of-sequence token and on
+    it; a row without one was cut off at max_new_tokens. logp: log-probability under the model at
+    this temperature of what was chosen, 0 behind the end.
+
+    Prompt and image are computed once, and their cache is repeated G times. Vision tokens are never
+    chosen (a completion that holds `<|image_pad|>` cannot be scored), but logp is that of the model
+    as it is, as completion_logps has it.
+    """
+    prompt, tokenizer = to_device(prompt, model), processor.tokenizer
+    was_training = model.training
+    model.eval()  # NOTE: under gradient checkpointing, a model in training keeps no cache
+    positions, following = prompt_positions(model, prompt)
+    following = following.repeat_interleave(group)[:, None]  # (B*G, 1)
+    seen = prompt["attention_mask"].repeat_interleave(group, 0)  # (B*G, P)
+    done = torch.zeros_like(following, dtype=torch.bool)
+    ids, masks, logps = [], [], []
+    with mixed_precision(model):
+        out = model.model(**prompt, position_ids=positions, use_cache=True)
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(group)
+        hidden = out.last_hidden_state[:, -1].repeat_interleave(group, 0)  # (B*G, D)
+        for step in range(max_new_tokens):
+            logits = model.lm_head(hidden).float() / temperature  # (B*G, V)
+            logp = logits.log_softmax(-1)
+            logits[:, vision_tokens(model)] = -math.inf
+            # argmax(logits + Gumbel noise) draws from softmax(logits), at a fraction of the cost
+            noise = torch.empty_like(logits).exponential_().log_()
+            token = (logits - noise).argmax(1, keepdim=True)  # (B*G, 1)
+            token = token.masked_fill(done, tokenizer.pad_token_id)
+            ids.append(token)
+            masks.append(~done)
+            logps.append(logp.gather(1, token).masked_fill(done, 0.0))
+            done = done | (token == tokenizer.eos_token_id)
+            if done.all() or step + 1 == max_new_tokens:
+                break
+            seen = torch.cat([seen, torch.ones_like(token)], 1)
+            position = (following + step).expand(*positions.shape[:-2], -1, -1)
+            hidden = model.model(
+                input_ids=token,
+                attention_mask=seen,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+    model.train(was_training)
+    return torch.cat(ids, 1), torch.cat(masks, 1), torch.cat(logps, 1)
+
+
+def completion_logps(model, prompt, completions, mask, temperature=1.0):
+    """log p(completion token | prompt, tokens before it) at a temperature: float32 (B*G, C).
+
+    prompt: inputs of B prompts (data.collate); completions (B*G, C) and mask (B*G, C), True where a
+    token counts; 0 elsewhere. Differentiable. *The* log-prob function: policy, old policy and
+    reference are all scored by it, so that they differ by their weights alone.
+
+    One row per prompt, [prompt, c_1, …, c_G]: image and prompt are computed once, not G times. A
+    completion sees the prompt and itself, and its positions start where the prompt's end, so that
+    the numbers are those of G rows [prompt, c_g].
+    """
+    prompt = to_device(prompt, model)
+    completions, mask = completions.to(model.device), mask.to(model.device).bool()
+    ids, attention = prompt.pop("input_ids"), prompt.pop("attention_mask")  # (B, P)
+    (rows, length), (batch, start) = completions.shape, ids.shape
+    group, packed = rows // batch, rows // batch * length  # G, G*C
+    positions, following = prompt_positions(
+        model, {**prompt, "input_ids": ids, "attention_mask": attention}
+    )
+    behind = (following[:, None] + torch.arange(length, device=ids.device)).repeat(1, group)
+    positions = torch.cat(
+        [positions, behind.expand(*positions.shape[:-2], -1, -1)], -1
+    )  # (…, B, T)
+
+    # who sees whom: the prompt (owner 0) and the own completion, up to oneself
+    owner = torch.arange(1, group + 1, device=ids.device).repeat_interleave(length)
+    owner = torch.cat([owner.new_zeros(start), owner])  # (T,)
+    sees = ((owner == 0) | (owner[:, None] == owner)).tril()  # (T, T)
+    exists = torch.nn.functional.pad(attention.bool(), (0, packed), value=True)  # (B, T)
+    sees = (sees & exists[:, None])[:, None]  # (B, 1, T, T)
+    # NOTE: the least number, not -inf: a padding token sees nothing, and softmax would give nan
+    bias = torch.zeros(sees.shape, dtype=model.dtype, device=ids.device)
+    bias.masked_fill_(~sees, torch.finfo(model.dtype).min)
+
+    prompt = {  # mm_token_type_ids must cover the completions, as text
+        key: torch.nn.functional.pad(value, (0, packed)) if value.shape == ids.shape else value
+        for key, value in prompt.items()
+    }
+    # a token is predicted one place before its own; each completion's first at the prompt's end
+    before = start - 1 + torch.arange(packed, device=ids.device)
+    before[::length] = start - 1
+    with mixed_precision(model):
+        hidden = model.model(
+            input_ids=torch.cat([ids, completions.reshape(batch, packed)], 1),
+            attention_mask=bias,
+            position_ids=positions,
+            use_cache=False,
+            **prompt,
+        ).last_hidden_state  # (B, T, D)
+        hidden = hidden[:, before].reshape(rows, length, -1)[mask]  # (tokens that count, D)
+        logits = model.lm_head(hidden).float() / temperature  # (tokens that count, V)
+    counted = -torch.nn.functional.cross_entropy(logits, completions[mask], reduction="none")
+    return torch.zeros(rows, length, device=ids.device).masked_scatter(mask, counted)
 
 
 # ------------------------------------------------------------------------- LoRA
@@ -378,6 +543,21 @@ def save_policy(model, processor, folder):
     for file in new.iterdir():
         os.replace(file, folder / file.name)
     new.rmdir()
+
+
+def save_trained(model, processor, args, folder):
+    """What a stage leaves behind: merged weights, and the adapter in adapter/.
+
+    args: model_path, lora_rank (0: there is no adapter), merge (False: the adapter alone).
+    """
+    if args.lora_rank:
+        save_adapter(model, folder / "adapter", args.model_path)
+    else:  # an earlier run's would be taken for this one's
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+    if args.merge or not args.lora_rank:
+        save_policy(model, processor, folder)
+    else:
+        (folder / "config.json").unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------- SAM

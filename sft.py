@@ -24,17 +24,13 @@ The demo is this same recipe with numbers of its own, in DEFAULTS below.
 import argparse
 import json
 import math
-import os
-import shutil
 import time
-from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -51,7 +47,6 @@ DEFAULTS = dict(
     accumulate=(8, 2),
     max_step=(0, 370),
     point_ratio=(0.5, 0.4),
-    think_ratio=(0.0, 0.3),
     val_batch_size=(8, 64),
 )
 
@@ -73,7 +68,7 @@ def get_args(argv=None):
     # tasks
     add("--point_ratio", type=float, help="share of batches on the point task")
     add("--miss_ratio", type=float, default=0.15, help="share of grids in any object's box")
-    add("--think_ratio", type=float, help="share of answers that reason first")
+    add("--think_ratio", type=float, default=0.0, help="share of answers that reason first")
     add("--jitter", type=float, default=0.1, help="box jitter of the point task, in box sides")
     # what is trained
     add("--lora_rank", type=int, default=64, help="rank of LoRA; 0 trains all parameters")
@@ -113,57 +108,6 @@ def get_args(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------- data
-
-
-class Questions(Dataset):
-    """(epoch, index, task) -> (image, prompt, answer). The key alone seeds every draw, so that an
-    example does not depend on the process or the worker that makes it."""
-
-    def __init__(self, samples, frame_of, args):
-        self.samples, self.frame_of, self.args = samples, frame_of, args
-        self.in_image = defaultdict(list)
-        for sample in samples:
-            self.in_image[sample.image_path].append(sample)
-
-    def __getitem__(self, key):
-        epoch, index, task = key
-        args, sample = self.args, self.samples[index]
-        rng = np.random.default_rng([args.seed, epoch, index])
-        image, mask = sample.image(), sample.mask
-        width, height = image.size
-        frame = self.frame_of(width, height)
-        phrase = sample.phrases[rng.integers(len(sample.phrases))]
-        box = data.mask_to_box(mask)
-        think = bool(rng.random() < args.think_ratio)
-        why = data.rationale(sample.class_name, box, width, height) if think else None
-        if task == "box":
-            target = data.rescale(box, image.size, frame)
-            return image, data.box_prompt(phrase, frame, think), data.box_answer(target, why)
-        if rng.random() < args.miss_ratio:  # from true boxes alone one learns that 1 is always safe
-            others = self.in_image[sample.image_path]
-            box = data.mask_to_box(others[rng.integers(len(others))].mask)
-        box = sampler.jitter_box(box, width, height, rng, args.jitter)
-        points = sampler.grid_points(box, width, height)
-        labels = sampler.label_points(points, mask)
-        shown = data.rescale(points, image.size, frame)
-        return image, data.point_prompt(phrase, shown, frame, think), data.point_answer(labels, why)
-
-
-def batch_keys(count, args, rank, world):
-    """Endless keys of this process's micro-batches. All processes walk the same shuffled epochs and
-    take neighbouring slices of each global batch; an epoch's tail is filled from its own start."""
-    size, epoch = args.batch_size * world, 0
-    while True:
-        rng = np.random.default_rng([args.seed, epoch])
-        order = np.resize(rng.permutation(count), math.ceil(count / size) * size)
-        for batch in order.reshape(-1, world, args.batch_size):
-            # one task per batch: point prompts are several times as long, and padding would cost it
-            task = "point" if rng.random() < args.point_ratio else "box"
-            yield [(epoch, int(index), task) for index in batch[rank]]
-        epoch += 1
-
-
 # ------------------------------------------------------------------------- loss and update
 
 
@@ -201,30 +145,12 @@ def cosine(step, steps, warmup):
 # ------------------------------------------------------------------------- main
 
 
-def save(model, processor, args, folder):
-    """The folder that eval.py and grpo.py read: merged weights, and the adapter in adapter/."""
-    if args.lora_rank:
-        sampler.save_adapter(model, folder / "adapter", args.model_path)
-    else:  # an earlier run's would be taken for this one's
-        shutil.rmtree(folder / "adapter", ignore_errors=True)
-    if args.merge or not args.lora_rank:
-        sampler.save_policy(model, processor, folder)
-    else:
-        (folder / "config.json").unlink(missing_ok=True)
-
-
 def main(args):
     # 1. Processes, folder, model.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = Path(args.log_dir) / args.version_name
     if Path(args.model_path).resolve() == folder.resolve():  # an adapter would be its own base
         raise InputError(f"--model_path {folder} would be overwritten: give a new --version_name")
-    sampler.check_device(args.device)
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(args.device)
-    if world > 1:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    rank, world, _ = sampler.start_processes(args)
     on_gpu = args.device.startswith("cuda")
     say = print if rank == 0 else lambda *_: None
     if rank == 0:
@@ -272,8 +198,8 @@ def main(args):
     # 3. The loop.
     frame_of = lambda width, height: sampler.answer_frame(model, processor, width, height)
     loader = DataLoader(
-        Questions(trainable, frame_of, args),
-        batch_sampler=batch_keys(len(trainable), args, rank, world),
+        data.Questions(trainable, frame_of, args),
+        batch_sampler=data.Order(len(trainable), args, rank, world),
         collate_fn=lambda rows: data.collate(processor, *zip(*rows)),
         num_workers=args.workers,
         multiprocessing_context="fork" if args.workers else None,  # the lambdas cannot be pickled
@@ -311,7 +237,7 @@ def main(args):
             log.flush()
             bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
             if step % args.save_step == 0 or step == steps:
-                save(model, processor, args, folder)
+                sampler.save_trained(model, processor, args, folder)
 
     # 4. What it brought.
     for name, old, new in zip(("no think", "think"), before, measure()) if val else ():

@@ -1,6 +1,7 @@
 """Files, masks, prompts, answers, batches."""
 
 import io
+import itertools
 import json
 import pickle
 import random
@@ -147,6 +148,20 @@ def test_box_iou_equals_counting_pixels():
     inter = (grid[:, None] & grid[None]).sum((2, 3))
     union = (grid[:, None] | grid[None]).sum((2, 3))
     assert np.allclose(data.box_iou(boxes, boxes), np.where(union, inter / np.maximum(union, 1), 0))
+
+
+def test_boxes_are_matched_for_the_largest_total():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        rows = int(rng.integers(1, 6))
+        cols = int(rng.integers(rows, 7))
+        ties = rng.random() < 0.5
+        scores = rng.integers(0, 3, (rows, cols)) if ties else rng.random((rows, cols))
+        found = data.assign(scores)
+        assert len(set(found.tolist())) == rows
+        every = itertools.permutations(range(cols), rows)
+        best = max(sum(scores[i, c] for i, c in enumerate(columns)) for columns in every)
+        assert scores[np.arange(rows), found].sum() == pytest.approx(best)
 
 
 # ------------------------------------------------------------------------- data sets

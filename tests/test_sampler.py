@@ -232,6 +232,147 @@ def test_the_pipeline_runs_on_qwen_classes_with_the_real_tokenizer(kind, tmp_pat
     assert metrics["n"] == metrics["n_failed"] > 0  # random weights: nothing readable, all counted
 
 
+# ------------------------------------------------------------------------- groups
+
+
+def unlike_prompts(processor, count=3):
+    """Inputs of `count` prompts of unlike lengths, with and without reasoning, on unlike images."""
+    rng = np.random.default_rng(1)
+    sizes = [(128, 128), (96, 160), (160, 64)][:count]
+    images = [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
+    points = data.point_prompt("a white house", np.arange(18).reshape(9, 2) * 50)
+    prompts = [data.box_prompt("a ship", think=True), points, data.box_prompt("the one left of it")]
+    return data.collate(processor, images, prompts[:count])
+
+
+def padded_logps(model, processor, prompt, completions, mask, temperature):
+    """The plain way: G rows [prompt, completion] for each prompt, with an image each."""
+    group = len(completions) // len(prompt["input_ids"])
+    rows = [row for row in range(len(prompt["input_ids"])) for _ in range(group)]
+    wide = sampler.take_prompts(prompt, rows)
+    ids = torch.cat([wide["input_ids"], completions], 1)
+    logits = model(
+        input_ids=ids,
+        attention_mask=torch.cat([wide["attention_mask"], mask.long()], 1),
+        mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        pixel_values=wide["pixel_values"],
+        image_grid_thw=wide["image_grid_thw"],
+    ).logits[:, wide["input_ids"].shape[1] - 1 : -1]
+    logp = (logits / temperature).log_softmax(-1).gather(2, completions[..., None])[..., 0]
+    return torch.where(mask, logp, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_shared_prefix_gives_what_the_padded_batch_gives(kind, checkpointing, tiny):
+    """Log-probs and gradients, for completions of unlike lengths behind unlike prompts."""
+    model, processor = (
+        sampler.load_policy() if kind == "tiny" else small_qwen(kind, tiny[1].tokenizer)
+    )
+    prompt = unlike_prompts(processor)
+    torch.manual_seed(0)
+    completions, mask, _ = sampler.sample_group(model, processor, prompt, 4, 13, 1.5)
+    mask = mask & (torch.arange(13) < torch.tensor([13, 1, 5, 9] * 3)[:, None])
+    adv = torch.randn(12, 1)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    results = []
+    for score in (
+        lambda: sampler.completion_logps(model, prompt, completions, mask, 0.9),
+        lambda: padded_logps(model, processor, prompt, completions, mask, 0.9),
+    ):
+        model.zero_grad()
+        logp = score()
+        (logp * adv).sum().backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((logp.detach(), grads))
+    (packed, packed_grads), (padded, padded_grads) = results
+    assert torch.allclose(packed, padded, rtol=1e-5, atol=1e-5)
+    assert packed_grads.keys() == padded_grads.keys() and len(packed_grads) > 20
+    difference = sum(((packed_grads[n] - g) ** 2).sum() for n, g in padded_grads.items()) ** 0.5
+    norm = sum((g**2).sum() for g in padded_grads.values()) ** 0.5
+    assert norm > 0.1 and difference / norm < 1e-5
+
+
+def test_the_shared_prefix_encodes_an_image_once(tiny, monkeypatch):
+    model, processor = tiny
+    prompt, encoded = unlike_prompts(processor), []
+    encode = type(model.model).get_image_features
+    monkeypatch.setattr(
+        type(model.model),
+        "get_image_features",
+        lambda self, pixels, *a, **k: encoded.append(len(pixels)) or encode(self, pixels, *a, **k),
+    )
+    mask = torch.ones(24, 5, dtype=torch.bool)
+    with torch.no_grad():
+        sampler.completion_logps(model, prompt, mask.long(), mask)
+        sampler.sample_group(model, processor, prompt, 8, 3)
+    assert encoded == [len(prompt["pixel_values"])] * 2
+
+
+@pytest.mark.parametrize("kind", ["tiny", "Qwen2_5_VL", "Qwen3VL"])
+def test_sampling_gives_the_log_probs_that_scoring_gives(kind, tiny):
+    model, processor = tiny if kind == "tiny" else small_qwen(kind, tiny[1].tokenizer)
+    prompt = unlike_prompts(processor)
+    torch.manual_seed(0)
+    ids, mask, logp = sampler.sample_group(model, processor, prompt, 5, 24, temperature=1.7)
+    assert ids.shape == mask.shape == logp.shape == (15, ids.shape[1])
+    assert len({tuple(row) for row in ids.tolist()}) > 10  # they differ
+    with torch.no_grad():
+        scored = sampler.completion_logps(model, prompt, ids, mask, temperature=1.7)
+    assert (logp - scored).abs().max() < 1e-4 and (logp[mask] < 0).any()
+
+
+def test_the_end_of_sequence_counts_and_what_follows_does_not(tiny):
+    model, processor = tiny
+    end = processor.tokenizer.eos_token_id
+    torch.manual_seed(0)
+    ids, mask, logp = sampler.sample_group(model, processor, unlike_prompts(processor), 4, 40, 0.9)
+    for row, kept, row_logp in zip(ids.tolist(), mask.tolist(), logp.tolist()):
+        length = row.index(end) + 1  # after SFT-like pretraining every answer ends
+        assert kept == [True] * length + [False] * (len(row) - length)
+        assert not any(row_logp[length:])
+    assert len({sum(kept) for kept in mask.tolist()}) > 1
+    cut, mask, _ = sampler.sample_group(model, processor, unlike_prompts(processor), 4, 3, 0.9)
+    assert cut.shape == (12, 3) and mask.all() and not (cut == end).any()
+
+
+def test_a_group_is_sampled_from_the_models_distribution(tiny):
+    model, processor = tiny
+    prompt = unlike_prompts(processor, 1)
+    torch.manual_seed(0)
+    ids, _, logp = sampler.sample_group(model, processor, prompt, 4000, 1, temperature=3.0)
+    with torch.no_grad():
+        expected = (model(**prompt).logits[0, -1] / 3).softmax(-1)
+    found = torch.bincount(ids[:, 0], minlength=len(expected)) / 4000
+    assert (found - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
+    assert torch.allclose(logp[:, 0].exp(), expected[ids[:, 0]], rtol=1e-3)
+
+
+def test_vision_tokens_are_never_sampled(tiny):
+    """NOTE: a completion that holds <|image_pad|> cannot be scored."""
+    model, processor = small_qwen("Qwen3VL", tiny[1].tokenizer)
+    vision = sampler.vision_tokens(model)
+    assert len(vision) == 4
+    with torch.no_grad():  # a policy that likes nothing better
+        model.lm_head.weight[vision] = 10 * model.lm_head.weight[vision].abs()
+    ids, mask, _ = sampler.sample_group(model, processor, unlike_prompts(processor), 8, 12, 5.0)
+    assert not torch.isin(ids, torch.tensor(vision)).any()
+
+
+def test_some_prompts_of_a_batch_are_what_they_are_alone(tiny):
+    model, processor = tiny
+    prompt = unlike_prompts(processor)
+    taken = sampler.take_prompts(prompt, [2, 0])
+    mask = torch.ones(6, 4, dtype=torch.bool)
+    ids = torch.randint(0, 200, (6, 4))
+    with torch.no_grad():
+        whole = sampler.completion_logps(model, prompt, ids, mask)
+        part = sampler.completion_logps(model, taken, torch.cat([ids[4:], ids[:2]]), mask[:4])
+    assert torch.allclose(part, torch.cat([whole[4:], whole[:2]]), atol=1e-5)
+
+
 # ------------------------------------------------------------------------- LoRA
 
 

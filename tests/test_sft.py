@@ -40,7 +40,7 @@ def test_loss_falls_on_the_answer_tokens_only_with_left_padding_and_batch_3(tiny
 def test_an_epoch_holds_every_sample_once_in_every_split_into_processes():
     args = sft.get_args(["--batch_size", "3", "--point_ratio", "0.5"])
     for world in (1, 2):
-        streams = [sft.batch_keys(12, args, rank, world) for rank in range(world)]
+        streams = [data.Order(12, args, rank, world) for rank in range(world)]
         keys = [next(stream) for _ in range(12 // (3 * world)) for stream in streams]
         assert sorted(index for batch in keys for _, index, _ in batch) == list(range(12))
         assert all(len({task for _, _, task in batch}) == 1 for batch in keys)  # one task a batch
@@ -49,16 +49,16 @@ def test_an_epoch_holds_every_sample_once_in_every_split_into_processes():
 
 
 def test_two_processes_walk_the_same_batches_as_one_of_twice_the_size():
-    one = sft.batch_keys(50, sft.get_args(["--batch_size", "6"]), 0, 1)
+    one = data.Order(50, sft.get_args(["--batch_size", "6"]), 0, 1)
     half = sft.get_args(["--batch_size", "3"])
-    two = [sft.batch_keys(50, half, rank, 2) for rank in (0, 1)]
+    two = [data.Order(50, half, rank, 2) for rank in (0, 1)]
     for _ in range(40):  # past the end of an epoch
         assert next(one) == next(two[0]) + next(two[1])
 
 
 def test_an_example_depends_on_its_key_alone(small_set, tiny):
     samples = data.load_samples("demo", small_set, "train")
-    questions = sft.Questions(samples, lambda w, h: (1000, 1000), sft.get_args([]))
+    questions = data.Questions(samples, lambda w, h: (1000, 1000), sft.get_args([]))
     for task in ("box", "point"):
         _, prompt, answer = questions[3, 1, task]
         questions[0, 0, "point"]
@@ -69,7 +69,7 @@ def test_an_example_depends_on_its_key_alone(small_set, tiny):
 
 def test_the_target_box_is_the_masks_box_in_the_models_frame(small_set):
     samples = data.load_samples("demo", small_set, "train")
-    questions = sft.Questions(samples, lambda w, h: (w, h), sft.get_args(["--think_ratio", "1"]))
+    questions = data.Questions(samples, lambda w, h: (w, h), sft.get_args(["--think_ratio", "1"]))
     for index, sample in enumerate(samples):
         _, _, answer = questions[0, index, "box"]
         assert data.parse_boxes(answer) == [tuple(data.mask_to_box(sample.mask))]
@@ -80,7 +80,7 @@ def test_a_missed_grid_lies_on_another_object_and_is_labelled_by_the_phrases_own
     samples = data.load_samples("demo", small_set, "train")
     fine = lambda w, h: (100 * w, 100 * h)  # so that rounding moves no point to another pixel
     args = sft.get_args(["--miss_ratio", "1", "--jitter", "0"])
-    questions, missed = sft.Questions(samples, fine, args), 0
+    questions, missed = data.Questions(samples, fine, args), 0
     for index, sample in enumerate(samples[:20]):
         _, prompt, answer = questions[0, index, "point"]
         points = np.array(json.loads(re.search(r"points: (\[.*\])", prompt)[1])) / 100

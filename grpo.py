@@ -1,0 +1,466 @@
+"""Stage two of training: Pixel-Aware GRPO, reinforcement learning on boxes and points.
+
+SFT shows the model answers; here it finds its own. One update:
+
+1. **Ask.** Draw prompts: the box of a phrase, or (`--point_ratio`) the labels of a grid of points;
+   a share (`--think_ratio`) asks for reasoning first.
+2. **Sample** G completions of each prompt at temperature tau.
+3. **Reward** each: IoU of its boxes with the truth, or the share of points labelled right; and 1
+   for keeping the format.
+4. **Advantage**: how much better than its own group, adv = (r - mean) / (std + 1e-4). A group whose
+   rewards are all alike says nothing and is dropped.
+5. **Reference**: a server (ref_server.py) gives log p_ref of the same tokens, meanwhile.
+6. **Loss**, per token, with d = ref_logp - logp and ratio = exp(logp - old_logp):
+
+       loss = - min(ratio * adv, clip(ratio, 1 - eps_low, 1 + eps_high) * adv)
+              + beta * (exp(d) - d - 1)
+
+7. **Update**, `--mu` times: AdamW on LoRA and the vision merger; the ratio leaves 1 at the second.
+
+`--loss` says what one token weighs: `grpo` 1 / (its completion's length * completions), `dapo` 1 /
+(all tokens), `dr_grpo` 1 / (longest allowed * completions), with the advantage not divided by std.
+Sums run over all micro-batches and processes, so N processes take the step of one with N times the
+batch.
+
+    python grpo.py                                  # the demo: from runs/sft, minutes on two cores
+    torchrun --nproc_per_node 4 grpo.py --model_path Qwen/Qwen3-VL-8B-Instruct \\
+        --data_root /path/to/RRSIS-D --option RRSISD --gradient_checkpointing
+
+Departures from the paper (ReSaP): an answer with several boxes is matched box by box, points are
+judged in jittered and wrong boxes too (see sft.py), and truncated completions can be left out
+(`--mask_truncated`).
+"""
+
+import argparse
+import json
+import math
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import ref_server
+import sampler
+from eval import validate
+from sampler import InputError
+
+# (the recipe for an 8 B model, the demo)
+DEFAULTS = dict(
+    lr=(1e-5, 1e-3),
+    batch_size=(2, 16),
+    accumulate=(4, 1),
+    max_step=(0, 140),
+    think_ratio=(0.5, 0.7),
+    max_new_tokens=(256, 112),
+    val_batch_size=(8, 64),
+)
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+
+    def add(name, **options):
+        if name.strip("-") in DEFAULTS:  # resolved below, where the data set is known
+            recipe, demo = DEFAULTS[name.strip("-")]
+            options["help"] += f" (default {recipe:g}; demo {demo:g})"
+        parser.add_argument(name, **options)
+
+    on_off = argparse.BooleanOptionalAction
+    # model and data
+    add("--model_path", help="folder or hub name to start from (default <log_dir>/sft)")
+    add("--option", default="demo", help="demo, RRSISD, ris_lad or any REFER set in --data_root")
+    add("--data_root", default="demo_data", help="folder that holds the data set")
+    add("--split", default="train", help="split to train on")
+    # prompts and rollouts
+    add("--point_ratio", type=float, default=0.2, help="share of micro-batches on the point task")
+    add("--miss_ratio", type=float, default=0.15, help="share of grids in any object's box")
+    add("--think_ratio", type=float, help="share of prompts that ask for reasoning")
+    add("--jitter", type=float, default=0.1, help="box jitter of the point task, in box sides")
+    add("--group", type=int, default=8, help="G, completions of each prompt")
+    add("--temperature", type=float, default=0.9, help="tau, of sampling and of all log-probs")
+    add("--max_new_tokens", type=int, help="limit of one completion")
+    # rewards
+    add("--box_weight", type=float, default=1.0, help="of the IoU reward")
+    add("--point_weight", type=float, default=1.0, help="of the point-accuracy reward")
+    add("--format_weight", type=float, default=1.0, help="of the format reward")
+    # loss
+    add("--loss", choices=["grpo", "dr_grpo", "dapo"], default="grpo", help="weight of a token")
+    add("--beta", type=float, default=0.04, help="weight of the KL penalty; 0: no reference")
+    add("--eps_low", type=float, default=0.1, help="the ratio is clipped at 1 - this")
+    add("--eps_high", type=float, default=0.1, help="and at 1 + this")
+    add("--mu", type=int, default=1, help="updates per rollout")
+    add("--mask_truncated", action=on_off, default=False, help="leave cut-off completions out")
+    # the reference
+    add("--ref_url", help="server(s), comma-separated; default: start one on every machine")
+    add("--ref_device", help="device of a server of one's own (default: that of local rank 0)")
+    # optimisation
+    add("--lora_rank", type=int, default=64, help="rank of LoRA; 0 trains all parameters")
+    add("--lora_alpha", type=int, default=128, help="LoRA's update is scaled by alpha / rank")
+    add("--lr", type=float, help="peak learning rate; a tenth of it with --lora_rank 0")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay")
+    add("--batch_size", type=int, help="prompts per process and micro-batch")
+    add("--accumulate", type=int, help="micro-batches per update")
+    add("--epochs", type=float, default=1, help="passes over the split, where --max_step is 0")
+    add("--max_step", type=int, help="stop after so many rollouts; 0: --epochs decides")
+    add("--warmup", type=float, default=0.03, help="share of the run in which the rate rises")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    # system and output
+    add("--gradient_checkpointing", action=on_off, default=False, help="less memory, more time")
+    add("--seed", type=int, default=0, help="of data order, tasks, jitter and sampling")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--log_dir", default="runs", help="results go to <log_dir>/<version_name>")
+    add("--version_name", default="grpo", help="name of this run")
+    add("--merge", action=on_off, default=True, help="write merged weights beside the adapter")
+    add("--save_step", type=int, default=100, help="save every so many rollouts, and at the end")
+    add("--val_limit", type=int, default=200, help="validation samples before and after; 0: none")
+    add("--val_batch_size", type=int, help="validation samples per process and batch")
+    args = parser.parse_args(argv)
+    for key, (recipe, demo) in DEFAULTS.items():
+        if getattr(args, key) is None:
+            setattr(args, key, demo if args.option == "demo" else recipe)
+            if key == "lr" and not args.lora_rank:
+                args.lr /= 10
+    args.model_path = args.model_path or str(Path(args.log_dir) / "sft")
+    if min(args.batch_size, args.accumulate, args.save_step, args.mu, args.max_new_tokens) < 1:
+        parser.error("--batch_size, --accumulate, --save_step, --mu, --max_new_tokens start at 1")
+    if min(args.val_limit, args.max_step, args.lora_rank, args.seed) < 0 or args.beta < 0:
+        parser.error("--val_limit, --max_step, --lora_rank, --seed and --beta start at 0")
+    if args.group < 2 or args.temperature <= 0:
+        parser.error("--group starts at 2 (one has nothing to compare with), --temperature above 0")
+    if not args.max_step and args.epochs <= 0:
+        parser.error("nothing to do: set --epochs or --max_step")
+    return args
+
+
+# ------------------------------------------------------------------------- rewards
+# Each takes a completion's text and gives a number from 0 to 1. `answer` is what SFT would have
+# taught for the same prompt: it holds the truth, in the model's own frame.
+
+_BODY = "(?:(?!</?think>|</?answer>).)+"
+_THINK = re.compile(rf"\s*<think>{_BODY}</think>\s*<answer>{_BODY}</answer>\s*", re.DOTALL)
+_NO_THINK = re.compile(rf"\s*<answer>{_BODY}</answer>\s*", re.DOTALL)
+
+
+def box_reward(text, answer):
+    """IoU of the boxes with the true ones under the best matching, divided by the larger count."""
+    return data.matched_iou(data.parse_boxes(text) or [], data.parse_boxes(answer))
+
+
+def point_reward(text, answer):
+    """Share of labels that are right; 0 unless there are as many as points."""
+    labels, truth = data.parse_labels(text), data.parse_labels(answer)
+    if labels is None or len(labels) != len(truth):
+        return 0.0
+    return sum(a == b for a, b in zip(labels, truth)) / len(truth)
+
+
+def format_reward(text, answer):
+    """1 for <think>…</think><answer>…</answer>, or for <answer>…</answer> where no reasoning was
+    asked for, with nothing else around."""
+    wanted = _THINK if answer.startswith("<think>") else _NO_THINK
+    return float(wanted.fullmatch(text) is not None)
+
+
+# ------------------------------------------------------------------------- advantages and loss
+
+
+def advantages(rewards, scale=True):
+    """(r - mean) / (std + 1e-4) within each group, (B, G); without `scale`, r - mean."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred / (rewards.std(1, correction=0, keepdim=True) + 1e-4) if scale else centred
+
+
+def token_weights(mask, loss, completions, tokens, longest):
+    """What each token (R, C) of the batch weighs in the loss; see the head of this file.
+
+    completions, tokens: their number in the whole update, over all micro-batches and processes.
+    """
+    mask = mask.float()
+    if loss == "grpo":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / completions
+    return mask / (tokens if loss == "dapo" else completions * longest)
+
+
+def policy_loss(logp, old_logp, ref_logp, adv, weight, args):
+    """The loss of a batch and what is logged of it: policy loss, KL and clipped, each (R, C).
+
+    logp, old_logp, ref_logp, weight: (R, C); adv: (R, 1). Only logp carries a gradient.
+    """
+    ratio = torch.exp(logp - old_logp)
+    clipped = ratio.clamp(1 - args.eps_low, 1 + args.eps_high) * adv
+    # NOTE: min(ratio * adv, clipped) and not `clipped` alone: for adv < 0 a ratio that has grown
+    # must be pushed back however far it is, and clipping alone would let go of it
+    gain = torch.minimum(ratio * adv, clipped)
+    d = ref_logp - logp
+    kl = torch.exp(d) - d - 1  # k3: never negative, and on average log p / p_ref
+    loss = (weight * (args.beta * kl - gain)).sum()
+    return loss, -gain.detach(), kl.detach(), (clipped < ratio * adv).detach()
+
+
+# ------------------------------------------------------------------------- one update
+
+# what a process sums up during an update; the log holds means of these over all processes
+SUMS = (
+    *("completions", "reward", "format", "length", "truncated", "gap", "groups", "std", "dropped"),
+    *("box_completions", "box", "point_completions", "point", "prompt_tokens"),
+    *("trained", "trained_tokens", "policy_loss", "kl", "clipped", "loss_tokens"),
+    *("rollout", "reference", "scoring", "update"),
+)
+
+
+def roll_out(model, processor, images, prompts, answers, task, args, sums):
+    """Steps 2 to 4 for B prompts of one task: (prompt, completions, mask, adv), less the groups
+    that say nothing; None if none is left."""
+    prompt = data.collate(processor, images, prompts)
+    ids, mask, behaviour = sampler.sample_group(
+        model, processor, prompt, args.group, args.max_new_tokens, args.temperature
+    )  # (B*G, C) each
+    tokenizer, score = processor.tokenizer, box_reward if task == "box" else point_reward
+    rows = [row[kept].tolist() for row, kept in zip(ids, mask)]
+    cut = torch.tensor([row[-1] != tokenizer.eos_token_id for row in rows])  # (B*G,)
+    texts = [tokenizer.decode(row if c else row[:-1]) for row, c in zip(rows, cut)]
+    answers = [answer for answer in answers for _ in range(args.group)]
+    task_reward = torch.tensor([score(t, a) for t, a in zip(texts, answers)])
+    format_kept = torch.tensor([format_reward(t, a) for t, a in zip(texts, answers)])
+    weight = args.box_weight if task == "box" else args.point_weight
+    rewards = (weight * task_reward + args.format_weight * format_kept).view(-1, args.group)
+    adv = advantages(rewards, scale=args.loss != "dr_grpo")  # (B, G)
+    telling = rewards.amax(1) - rewards.amin(1) > 1e-6  # (B,)
+
+    sums["completions"] += len(rows)
+    sums["reward"] += rewards.sum().item()
+    sums["format"] += format_kept.sum().item()
+    sums[f"{task}_completions"] += len(rows)
+    sums[task] += task_reward.sum().item()
+    sums["groups"] += len(rewards)
+    sums["std"] += rewards.std(1, correction=0).sum().item()
+    sums["dropped"] += (~telling).sum().item()
+    sums["length"] += mask.sum().item()
+    sums["truncated"] += cut.sum().item()
+    sums["prompt_tokens"] += prompt["attention_mask"].sum().item()
+    if not telling.any():
+        return None
+    if args.mask_truncated:
+        mask = mask & ~cut.to(mask.device)[:, None]
+    kept = telling.repeat_interleave(args.group)
+    sums["trained"] += mask[kept].any(1).sum().item()
+    sums["trained_tokens"] += mask[kept].sum().item()
+    prompt = sampler.take_prompts(prompt, telling.nonzero()[:, 0].tolist())
+    adv = adv[telling].view(-1, 1).to(mask.device)
+    return prompt, ids[kept], mask[kept], adv, behaviour[kept]
+
+
+def sum_gradients(parameters):
+    """Sum gradients over all processes, also over one that had nothing to train on."""
+    for parameter in parameters if dist.is_initialized() else ():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+
+
+def sum_over_processes(values, device):
+    """Floats, each summed over all processes."""
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def open_logs(folder):
+    """train.jsonl, and a TensorBoard writer (None without `pip install tensorboard`)."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return open(folder / "train.jsonl", "w"), None
+    return open(folder / "train.jsonl", "w"), SummaryWriter(folder)
+
+
+def log_line(step, order, sums, world, norm, lr, seconds):
+    """One line of train.jsonl. The README explains each key; None where there was nothing."""
+    share = lambda part, whole: sums[part] / sums[whole] if sums[whole] else None
+    return {
+        "step": step,
+        "epoch": order.epoch,
+        "reward": share("reward", "completions"),
+        "reward_box": share("box", "box_completions"),
+        "reward_point": share("point", "point_completions"),
+        "reward_format": share("format", "completions"),
+        "reward_std": share("std", "groups"),
+        "dropped": share("dropped", "groups"),
+        "policy_loss": sums["policy_loss"],
+        "kl": share("kl", "loss_tokens"),
+        "clipped": share("clipped", "loss_tokens"),
+        "length": share("length", "completions"),
+        "truncated": share("truncated", "completions"),
+        "rollout_gap": share("gap", "trained_tokens"),
+        "grad_norm": norm,
+        "lr": lr,
+        "tokens_per_s": (sums["prompt_tokens"] + sums["length"]) / seconds,
+        **{f"seconds_{name}": sums[name] / world for name in SUMS[-4:]},
+        "seconds": seconds,
+    }
+
+
+# ------------------------------------------------------------------------- main
+
+
+def main(args):
+    # 1. Processes, folder, data.
+    folder = Path(args.log_dir) / args.version_name
+    if Path(args.model_path).resolve() == folder.resolve():  # the reference would change with it
+        raise InputError(f"--model_path {folder} would be overwritten: give a new --version_name")
+    if args.model_path == str(Path(args.log_dir) / "sft") and not Path(args.model_path).is_dir():
+        raise InputError(f"no model at {args.model_path}: run python sft.py first, or --model_path")
+    rank, world, local_rank = sampler.start_processes(args)
+    on_gpu = args.device.startswith("cuda")
+    say = print if rank == 0 else lambda *_: None
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
+        if args.option == "demo":  # before the others look for it
+            data.load_samples(args.option, args.data_root)
+    if world > 1:
+        dist.barrier()
+    samples = data.load_samples(args.option, args.data_root, args.split)
+    trainable = [sample for sample in samples if sample.mask.any()]
+    val = data.load_samples(args.option, args.data_root, "val") if args.val_limit else []
+
+    # 2. The reference starts while the policy loads. One on every machine, for its own ranks.
+    # full fine-tuning keeps float32 weights, as updates of 1e-6 vanish in bfloat16
+    dtype = "bfloat16" if on_gpu and args.lora_rank else "float32"
+    child, urls = None, args.ref_url.split(",") if args.ref_url else []
+    if args.beta and not urls and local_rank == 0:
+        child = ref_server.start_child(args.model_path, args.ref_device or args.device, dtype)
+    model, processor = sampler.load_policy(args.model_path, args.device, getattr(torch, dtype))
+    say(f"model: {args.model_path}, {len(samples)} refs of {args.option}/{args.split}")
+    if args.beta and not urls:
+        ports = [0.0] * world
+        ports[rank] = ref_server.child_port(child) if child else 0
+        ports = sum_over_processes(ports, args.device)
+        urls = [f"http://127.0.0.1:{ports[rank - local_rank]:.0f}"]
+    expected = ref_server.describe(model, processor, args.model_path)
+    reference = ref_server.Reference(urls, expected, turn=rank)
+    measure = lambda: [
+        validate(model, processor, val, think, args.val_batch_size, args.val_limit)
+        for think in (False, True)
+    ]
+    before = measure() if val else None
+
+    # 3. What is trained.
+    torch.manual_seed(args.seed + rank)
+    if args.lora_rank:  # NOTE: no dropout: it would move the ratio off 1 by chance
+        sampler.add_lora(model, args.lora_rank, args.lora_alpha, dropout=0.0)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained if world > 1 else ():  # LoRA's A is random: take rank 0's
+        dist.broadcast(parameter.data, 0)
+    options = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if world > 1 and not args.lora_rank:  # Adam's two moments of all parameters: a share each
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        optimizer = ZeroRedundancyOptimizer(trained, torch.optim.AdamW, **options)
+    else:
+        optimizer = torch.optim.AdamW(trained, **options)
+    steps = args.max_step or math.ceil(
+        args.epochs * len(trainable) / (args.batch_size * world * args.accumulate)
+    )
+    rise = max(1, round(args.warmup * steps))
+    say(f"{sum(p.numel() for p in trained):,} trained parameters, {steps} rollouts")
+
+    # 4. The loop.
+    frame_of = lambda width, height: sampler.answer_frame(model, processor, width, height)
+    questions = data.Questions(trainable, frame_of, args)
+    order = data.Order(len(trainable), args, rank, world)
+    log, board = open_logs(folder) if rank == 0 else (None, None)
+    asking = ThreadPoolExecutor(1)
+    bar = tqdm(range(1, steps + 1), desc="GRPO", disable=rank > 0)
+    for step in bar:
+        start = time.time()
+        sums, norm = dict.fromkeys(SUMS, 0.0), 0.0
+        lr = args.lr * min(step / rise, 1 - (step - rise) / (steps - rise + 1))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # 4a. Ask, sample, reward. The reference scores a batch while the next is sampled.
+        batches = []
+        for _ in range(args.accumulate):
+            keys = next(order)
+            asked = zip(*[questions[key] for key in keys])  # images, prompts, answers
+            batch = roll_out(model, processor, *asked, keys[0][2], args, sums)
+            if batch is not None:
+                prompt, ids, mask, *_ = batch
+                job = (prompt, ids, mask, args.temperature)
+                batches.append((batch, asking.submit(reference.logps, *job) if urls else None))
+        sums["rollout"] += time.time() - start
+        totals = sum_over_processes([sums["trained"], sums["trained_tokens"]], args.device)
+
+        # 4b. Score, compare, update. All processes agree on `totals`, and so on going on.
+        old = {}
+        for inner in range(args.mu if totals[0] else 0):
+            for i, ((prompt, ids, mask, adv, behaviour), job) in enumerate(batches):
+                clock = time.time()
+                logp = sampler.completion_logps(model, prompt, ids, mask, args.temperature)
+                sums["scoring"] += time.time() - clock
+                if inner == 0:
+                    clock = time.time()
+                    ref_logp = job.result().to(logp.device) if job else logp.detach()
+                    sums["reference"] += time.time() - clock
+                    # the weights have not changed since sampling: old and new are one number
+                    old[i] = logp.detach(), ref_logp
+                    sums["gap"] += ((logp.detach() - behaviour).abs() * mask).sum().item()
+                clock = time.time()
+                weight = token_weights(mask, args.loss, *totals, args.max_new_tokens)
+                loss, *parts = policy_loss(logp, *old[i], adv, weight, args)
+                loss.backward()
+                sums["policy_loss"] += (weight * parts[0]).sum().item() / args.mu
+                sums["kl"] += (mask * parts[1]).sum().item()
+                sums["clipped"] += (mask * parts[2]).sum().item()
+                sums["loss_tokens"] += mask.sum().item()
+                sums["update"] += time.time() - clock
+            clock = time.time()
+            sum_gradients(trained)
+            norm = torch.nn.utils.clip_grad_norm_(trained, args.clip).item()
+            optimizer.step()
+            optimizer.zero_grad()
+            sums["update"] += time.time() - clock
+
+        # 4c. Log and save.
+        sums = dict(zip(SUMS, sum_over_processes(list(sums.values()), args.device)))
+        if rank == 0:
+            line = log_line(step, order, sums, world, norm, lr, time.time() - start)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            for key, value in line.items():
+                if board and value is not None:
+                    board.add_scalar(key, value, step)
+            bar.set_postfix(reward=f"{line['reward']:.3f}", kl=f"{line['kl'] or 0:.1e}")
+            if step % args.save_step == 0 or step == steps:
+                sampler.save_trained(model, processor, args, folder)
+
+    # 5. What it brought.
+    for name, old, new in zip(("no think", "think"), before, measure()) if val else ():
+        say(
+            f"val, {name:<8}: box IoU {old['box_iou']:.3f} -> {new['box_iou']:.3f}, "
+            f"point accuracy {old['point_acc']:.3f} -> {new['point_acc']:.3f}"
+        )
+    say(f"written: {folder}. Next: python eval.py --use_think")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if child:
+        child.terminate()
+        child.wait()
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
