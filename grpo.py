@@ -16,6 +16,7 @@ SFT shows the model answers; here it finds its own. One update:
               + beta * (exp(d) - d - 1)
 
 7. **Update**, `--mu` times: AdamW on LoRA and the vision merger; the ratio leaves 1 at the second.
+   The learning rate rises, then falls in a line to nothing.
 
 `--loss` says what one token weighs: `grpo` 1 / (its completion's length * completions), `dapo` 1 /
 (all tokens), `dr_grpo` 1 / (longest allowed * completions), with the advantage not divided by std.
@@ -130,6 +131,8 @@ def get_args(argv=None):
         parser.error("--batch_size, --accumulate, --save_step, --mu, --max_new_tokens start at 1")
     if min(args.val_limit, args.max_step, args.lora_rank, args.seed) < 0 or args.beta < 0:
         parser.error("--val_limit, --max_step, --lora_rank, --seed and --beta start at 0")
+    if not all(url.startswith("http://") for url in (args.ref_url or "http://").split(",")):
+        parser.error("--ref_url is http://host:port, or several, comma-separated")
     if args.group < 2 or args.temperature <= 0:
         parser.error("--group starts at 2 (one has nothing to compare with), --temperature above 0")
     if not args.max_step and args.epochs <= 0:
@@ -271,6 +274,17 @@ def sum_over_processes(values, device):
     return values.tolist()
 
 
+def reference_urls(args, child, rank, local_rank, world):
+    """Where this process asks: --ref_url, or the server that its machine's first process started,
+    whose port the others learn here; nowhere if there is no penalty."""
+    if args.ref_url or not args.beta:
+        return args.ref_url.split(",") if args.ref_url else []
+    ports = [0.0] * world
+    ports[rank] = ref_server.child_port(child) if child else 0
+    ports = sum_over_processes(ports, args.device)
+    return [f"http://127.0.0.1:{ports[rank - local_rank]:.0f}"]
+
+
 def open_logs(folder):
     """train.jsonl, and a TensorBoard writer (None without `pip install tensorboard`)."""
     try:
@@ -328,21 +342,19 @@ def main(args):
         dist.barrier()
     samples = data.load_samples(args.option, args.data_root, args.split)
     trainable = [sample for sample in samples if sample.mask.any()]
+    if len(trainable) < len(samples):
+        say(f"left out: {len(samples) - len(trainable)} refs whose mask is empty")
     val = data.load_samples(args.option, args.data_root, "val") if args.val_limit else []
 
     # 2. The reference starts while the policy loads. One on every machine, for its own ranks.
     # full fine-tuning keeps float32 weights, as updates of 1e-6 vanish in bfloat16
     dtype = "bfloat16" if on_gpu and args.lora_rank else "float32"
-    child, urls = None, args.ref_url.split(",") if args.ref_url else []
-    if args.beta and not urls and local_rank == 0:
+    child = None
+    if args.beta and not args.ref_url and local_rank == 0:
         child = ref_server.start_child(args.model_path, args.ref_device or args.device, dtype)
     model, processor = sampler.load_policy(args.model_path, args.device, getattr(torch, dtype))
     say(f"model: {args.model_path}, {len(samples)} refs of {args.option}/{args.split}")
-    if args.beta and not urls:
-        ports = [0.0] * world
-        ports[rank] = ref_server.child_port(child) if child else 0
-        ports = sum_over_processes(ports, args.device)
-        urls = [f"http://127.0.0.1:{ports[rank - local_rank]:.0f}"]
+    urls = reference_urls(args, child, rank, local_rank, world)
     expected = ref_server.describe(model, processor, args.model_path)
     reference = ref_server.Reference(urls, expected, turn=rank)
     measure = lambda: [
@@ -451,6 +463,8 @@ def main(args):
             f"point accuracy {old['point_acc']:.3f} -> {new['point_acc']:.3f}"
         )
     say(f"written: {folder}. Next: python eval.py --use_think")
+    if board:
+        board.close()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

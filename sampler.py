@@ -363,9 +363,9 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
     sees = ((owner == 0) | (owner[:, None] == owner)).tril()  # (T, T)
     exists = torch.nn.functional.pad(attention.bool(), (0, packed), value=True)  # (B, T)
     sees = (sees & exists[:, None])[:, None]  # (B, 1, T, T)
-    # NOTE: the least number, not -inf: a padding token sees nothing, and softmax would give nan
-    bias = torch.zeros(sees.shape, dtype=model.dtype, device=ids.device)
-    bias.masked_fill_(~sees, torch.finfo(model.dtype).min)
+    # NOTE: not -inf, nor float32's least number, which bfloat16 rounds to it: a padding token sees
+    # nothing, and softmax would give nan
+    bias = torch.zeros(sees.shape, dtype=model.dtype, device=ids.device).masked_fill(~sees, -1e9)
 
     prompt = {  # mm_token_type_ids must cover the completions, as text
         key: torch.nn.functional.pad(value, (0, packed)) if value.shape == ids.shape else value

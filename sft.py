@@ -2,7 +2,7 @@
 
 1. Every micro-batch asks one task: the box of a phrase, or the labels of a grid of points in a box
    (`--point_ratio`): the true one, jittered, or that of another object in the image, as a predicted
-   box can be (`--miss_ratio`). A share of the answers reasons first (`--think_ratio`).
+   box can be (`--miss_ratio`). Reasoning is left to GRPO (but for `--think_ratio`).
 2. Cross-entropy falls on the answer's tokens only:
 
        loss = - sum_t log p(answer_t | image, prompt, answer_<t) / number of answer tokens
