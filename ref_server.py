@@ -89,7 +89,11 @@ class Reference:
         which server comes first (the rank). patience: seconds, also for every later request."""
         self.urls, self.turn, self.patience = urls, turn, patience
         for url in urls:
-            found = json.loads(self.ask(url, "GET", "/health"))
+            content = self.ask(url, "GET", "/health")
+            try:
+                found = {key: json.loads(content)[key] for key in expected}
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"what answers at {url} is no reference server") from None
             for key in ("vocab_size", "fingerprint"):
                 if found[key] != expected[key]:
                     raise InputError(
@@ -100,13 +104,17 @@ class Reference:
 
     def logps(self, prompt, completions, mask, temperature):
         """log p_ref(completions), float32 (B*G, C): see sampler.completion_logps."""
+        from safetensors import SafetensorError
         from safetensors.torch import load, save
 
         tensors = {key: value.cpu().contiguous() for key, value in prompt.items()}
         tensors |= {"completions": completions.cpu(), "mask": mask.cpu()}
         tensors["temperature"] = torch.tensor(float(temperature))
         url, self.turn = self.urls[self.turn % len(self.urls)], self.turn + 1
-        logps = load(self.ask(url, "POST", "/logps", save(tensors)))["logps"]
+        try:
+            logps = load(self.ask(url, "POST", "/logps", save(tensors)))["logps"]
+        except (SafetensorError, KeyError) as error:
+            raise InputError(f"{url} did not answer in safetensors ({error})") from None
         if logps.shape != completions.shape or not logps.isfinite().all():
             raise InputError(f"the reference at {url} gave log-probs {tuple(logps.shape)} or nan")
         return logps

@@ -290,6 +290,21 @@ def test_several_servers_take_turns(asked, monkeypatch):
     assert [url[7] for url, path in seen] == ["a", "b", "b", "a", "b"]
 
 
+def test_an_answer_that_is_none_ends_in_one_line(asked, monkeypatch):
+    expected = ref_server.describe(*asked[:2], TINY)
+    answers = iter([b"<html>", b"[]", json.dumps(expected).encode(), b"junk of some length"])
+    monkeypatch.setattr(ref_server.Reference, "ask", lambda *_: next(answers))
+    for _ in range(2):
+        with pytest.raises(InputError, match="no reference server"):
+            ref_server.Reference(["http://a:1"], expected)
+    client = ref_server.Reference(["http://a:1"], expected)
+    with pytest.raises(InputError, match="safetensors"):
+        client.logps(*asked[2:], 1.0)
+    answers = iter([save({"logps": torch.full(asked[3].shape, float("nan"))})])
+    with pytest.raises(InputError, match="nan"):
+        client.logps(*asked[2:], 1.0)
+
+
 def test_a_port_in_use_ends_in_one_line(port):
     command = [sys.executable, str(ROOT / "ref_server.py"), "--model_path", TINY]
     done = subprocess.run([*command, "--port", str(port)], capture_output=True, text=True)
