@@ -58,6 +58,7 @@ DEFAULTS = dict(
     max_step=(0, 110),
     think_ratio=(0.5, 0.7),
     max_new_tokens=(256, 112),
+    val_limit=(200, 100),
     val_batch_size=(8, 64),
 )
 
@@ -118,7 +119,7 @@ def get_args(argv=None):
     add("--version_name", default="grpo", help="name of this run")
     add("--merge", action=on_off, default=True, help="write merged weights beside the adapter")
     add("--save_step", type=int, default=100, help="save every so many rollouts, and at the end")
-    add("--val_limit", type=int, default=200, help="validation samples before and after; 0: none")
+    add("--val_limit", type=int, help="validation samples before and after; 0: none")
     add("--val_batch_size", type=int, help="validation samples per process and batch")
     args = parser.parse_args(argv)
     for key, (recipe, demo) in DEFAULTS.items():
