@@ -36,6 +36,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,6 +62,9 @@ DEFAULTS = dict(
     val_limit=(200, 100),
     val_batch_size=(8, 64),
 )
+
+
+_URL = re.compile(r"http://[^/\s:]+:[0-9]{1,5}/?")
 
 
 def get_args(argv=None):
@@ -103,7 +107,7 @@ def get_args(argv=None):
     # optimisation
     add("--lora_rank", type=int, default=64, help="rank of LoRA; 0 trains all parameters")
     add("--lora_alpha", type=int, default=128, help="LoRA's update is scaled by alpha / rank")
-    add("--lr", type=float, help="peak learning rate; a tenth of it with --lora_rank 0")
+    add("--lr", type=float, help="peak learning rate; with --lora_rank 0 the default is a tenth")
     add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay")
     add("--batch_size", type=int, help="prompts per process and micro-batch")
     add("--accumulate", type=int, help="micro-batches per update")
@@ -132,8 +136,11 @@ def get_args(argv=None):
         parser.error("--batch_size, --accumulate, --save_step, --mu, --max_new_tokens start at 1")
     if min(args.val_limit, args.max_step, args.lora_rank, args.seed) < 0 or args.beta < 0:
         parser.error("--val_limit, --max_step, --lora_rank, --seed and --beta start at 0")
-    if not all(url.startswith("http://") for url in (args.ref_url or "http://").split(",")):
+    if args.ref_url and not all(map(_URL.fullmatch, args.ref_url.split(","))):
         parser.error("--ref_url is http://host:port, or several, comma-separated")
+    ratios = (args.point_ratio, args.miss_ratio, args.think_ratio, args.warmup, args.eps_low)
+    if not all(0 <= ratio <= 1 for ratio in ratios) or args.eps_high < 0 or args.clip <= 0:
+        parser.error("ratios, --warmup and --eps_low are 0 to 1, --eps_high from 0, --clip above 0")
     if args.group < 2 or args.temperature <= 0:
         parser.error("--group starts at 2 (one has nothing to compare with), --temperature above 0")
     if not args.max_step and args.epochs <= 0:
@@ -182,7 +189,8 @@ def advantages(rewards, scale=True):
 def token_weights(mask, loss, completions, tokens, longest):
     """What each token (R, C) of the batch weighs in the loss; see the head of this file.
 
-    completions, tokens: their number in the whole update, over all micro-batches and processes.
+    completions, tokens: how many count in the whole update, over all micro-batches and processes.
+    Those of dropped groups do not: a group that says nothing does not thin out the others.
     """
     mask = mask.float()
     if loss == "grpo":
@@ -208,12 +216,13 @@ def policy_loss(logp, old_logp, ref_logp, adv, weight, args):
 
 # ------------------------------------------------------------------------- one update
 
+CLOCKS = ("rollout", "reference", "scoring", "update")  # seconds
 # what a process sums up during an update; the log holds means of these over all processes
 SUMS = (
     *("completions", "reward", "format", "length", "truncated", "gap", "groups", "std", "dropped"),
     *("box_completions", "box", "point_completions", "point", "prompt_tokens"),
     *("trained", "trained_tokens", "policy_loss", "kl", "clipped", "loss_tokens"),
-    *("rollout", "reference", "scoring", "update"),
+    *CLOCKS,
 )
 
 
@@ -279,7 +288,7 @@ def reference_urls(args, child, rank, local_rank, world):
     """Where this process asks: --ref_url, or the server that its machine's first process started,
     whose port the others learn here; nowhere if there is no penalty."""
     if args.ref_url or not args.beta:
-        return args.ref_url.split(",") if args.ref_url else []
+        return args.ref_url.split(",") if args.beta else []
     ports = [0.0] * world
     ports[rank] = ref_server.child_port(child) if child else 0
     ports = sum_over_processes(ports, args.device)
@@ -288,14 +297,16 @@ def reference_urls(args, child, rank, local_rank, world):
 
 def open_logs(folder):
     """train.jsonl, and a TensorBoard writer (None without `pip install tensorboard`)."""
+    log = open(folder / "train.jsonl", "w")
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return open(folder / "train.jsonl", "w"), None
-    return open(folder / "train.jsonl", "w"), SummaryWriter(folder)
+        return log, None
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # or its curve would show two runs
+    return log, SummaryWriter(folder / "tensorboard")
 
 
-def log_line(step, order, sums, world, norm, lr, seconds):
+def log_line(step, order, sums, world, norm, lr, seconds, has_reference):
     """One line of train.jsonl. The README explains each key; None where there was nothing."""
     share = lambda part, whole: sums[part] / sums[whole] if sums[whole] else None
     return {
@@ -308,7 +319,7 @@ def log_line(step, order, sums, world, norm, lr, seconds):
         "reward_std": share("std", "groups"),
         "dropped": share("dropped", "groups"),
         "policy_loss": sums["policy_loss"],
-        "kl": share("kl", "loss_tokens"),
+        "kl": share("kl", "loss_tokens") if has_reference else None,
         "clipped": share("clipped", "loss_tokens"),
         "length": share("length", "completions"),
         "truncated": share("truncated", "completions"),
@@ -316,7 +327,7 @@ def log_line(step, order, sums, world, norm, lr, seconds):
         "grad_norm": norm,
         "lr": lr,
         "tokens_per_s": (sums["prompt_tokens"] + sums["length"]) / seconds,
-        **{f"seconds_{name}": sums[name] / world for name in SUMS[-4:]},
+        **{f"seconds_{name}": sums[name] / world for name in CLOCKS},
         "seconds": seconds,
     }
 
@@ -357,7 +368,9 @@ def main(args):
     say(f"model: {args.model_path}, {len(samples)} refs of {args.option}/{args.split}")
     urls = reference_urls(args, child, rank, local_rank, world)
     expected = ref_server.describe(model, processor, args.model_path)
-    reference = ref_server.Reference(urls, expected, turn=rank)
+    reference = ref_server.Reference(urls, expected, turn=rank, child=child)
+    for url, name in zip(urls, reference.models):
+        say(f"reference: {name} at {url}")
     measure = lambda: [
         validate(model, processor, val, think, args.val_batch_size, args.val_limit)
         for think in (False, True)
@@ -447,7 +460,8 @@ def main(args):
         # 4c. Log and save.
         sums = dict(zip(SUMS, sum_over_processes(list(sums.values()), args.device)))
         if rank == 0:
-            line = log_line(step, order, sums, world, norm, lr, time.time() - start)
+            seconds = time.time() - start
+            line = log_line(step, order, sums, world, norm, lr, seconds, bool(urls))
             log.write(json.dumps(line) + "\n")
             log.flush()
             for key, value in line.items():
@@ -463,7 +477,7 @@ def main(args):
             f"val, {name:<8}: box IoU {old['box_iou']:.3f} -> {new['box_iou']:.3f}, "
             f"point accuracy {old['point_acc']:.3f} -> {new['point_acc']:.3f}"
         )
-    say(f"written: {folder}. Next: python eval.py --use_think")
+    say(f"written: {folder}. Next: python eval.py --use_think --eval_model_path {folder}")
     if board:
         board.close()
     if world > 1:

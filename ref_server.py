@@ -6,7 +6,7 @@ another GPU or another machine.
 
     POST /logps    safetensors in: input_ids, attention_mask (B, P) and the image of each of B
                    prompts; completions, mask (B*G, C); temperature (). Out: logps (B*G, C)
-    GET  /health   JSON: model, fingerprint (of the tokenizer's vocabulary), vocab_size
+    GET  /health   JSON: model, fingerprint (of the tokenizer's vocabulary), vocab_size, dtype
 
 Only the standard library's http.server and safetensors: nothing that arrives is ever unpickled or
 run, a bad request gets a 4xx and one line that says what was expected, and the server lives on. It
@@ -27,6 +27,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -42,9 +43,11 @@ import torch
 import sampler
 from sampler import InputError
 
-LARGEST = 2**29  # entries of B attention masks of T x T that one request may ask for
+MOST_TOKENS = 2**18  # of one request, in all its rows
+MOST_PAIRS = 2**29  # entries of its attention masks, (B, T, T)
 PROMPT = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}
-REQUEST = PROMPT | {"completions", "mask", "temperature"}
+ANSWERS = ("completions", "mask", "temperature")
+REQUEST = PROMPT | set(ANSWERS)
 
 
 def get_args(argv=None):
@@ -57,7 +60,7 @@ def get_args(argv=None):
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA")
     add("--max_mb", type=int, default=512, help="largest request, in MB")
     add("--max_requests", type=int, default=16, help="connections at once; more get a 503")
-    add("--timeout", type=float, default=30, help="seconds to wait for a client that is silent")
+    add("--timeout", type=float, default=60, help="seconds in which a request must have arrived")
     on_off = argparse.BooleanOptionalAction
     add("--child", action=on_off, default=False, help="stop when standard input is closed")
     args = parser.parse_args(argv)
@@ -74,8 +77,9 @@ def fingerprint(processor):
 
 def describe(model, processor, path):
     """What /health says, and what a client expects it to say of its own model."""
-    size = model.get_input_embeddings().num_embeddings
-    return {"model": str(path), "fingerprint": fingerprint(processor), "vocab_size": size}
+    size, dtype = model.get_input_embeddings().num_embeddings, str(model.dtype)[len("torch.") :]
+    known = {"fingerprint": fingerprint(processor), "vocab_size": size, "dtype": dtype}
+    return {"model": str(path), **known}
 
 
 # ------------------------------------------------------------------------- client
@@ -84,23 +88,26 @@ def describe(model, processor, path):
 class Reference:
     """Client of one or more servers, which take turns. Safe to use from a thread."""
 
-    def __init__(self, urls, expected, turn=0, patience=300):
+    def __init__(self, urls, expected, turn=0, patience=300, child=None):
         """Wait until every server answers. expected: `describe` of the client's own model. turn:
-        which server comes first (the rank). patience: seconds, also for every later request."""
-        self.urls, self.turn, self.patience = urls, turn, patience
+        which server comes first (the rank). patience: seconds, also for every later request.
+        child: the server's process, if it is one's own: there is no waiting for one that ended."""
+        self.urls, self.turn, self.patience, self.child = urls, turn, patience, child
+        self.models = []
         for url in urls:
             content = self.ask(url, "GET", "/health")
             try:
                 found = {key: json.loads(content)[key] for key in expected}
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"what answers at {url} is no reference server") from None
-            for key in ("vocab_size", "fingerprint"):
+            for key in ("vocab_size", "fingerprint", "dtype"):
                 if found[key] != expected[key]:
+                    mend = "--dtype" if key == "dtype" else "the model that training starts from"
                     raise InputError(
-                        f"the reference at {url} ({found['model']}) has another vocabulary ({key} "
-                        f"{found[key]}, here {expected[key]}): serve the model that training "
-                        "starts from"
+                        f"the reference at {url} ({found['model']}) has {key} {found[key]}, the "
+                        f"policy {expected[key]}: start ref_server.py with {mend}"
                     )
+            self.models.append(found["model"])
 
     def logps(self, prompt, completions, mask, temperature):
         """log p_ref(completions), float32 (B*G, C): see sampler.completion_logps."""
@@ -125,9 +132,14 @@ class Reference:
         token = os.environ.get("REF_TOKEN")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         while True:
+            if self.child and self.child.poll() is not None:
+                raise InputError(f"the reference server ended, code {self.child.returncode}")
             try:
-                connection = HTTPConnection(urlsplit(url).netloc, timeout=self.patience)
-                connection.request(method, path, body, headers)
+                connection = HTTPConnection(urlsplit(url).netloc, timeout=max(1, self.patience))
+                try:
+                    connection.request(method, path, body, headers)
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # it answered before it had read all: the answer says why
                 answer = connection.getresponse()
                 content = answer.read()
                 connection.close()
@@ -140,9 +152,10 @@ class Reference:
                 if answer.status != 503:
                     raise InputError(f"the reference at {url} refused {path}: {why}")
             if time.time() - start > self.patience:
+                waited, self.patience = self.patience, 0  # what is still queued fails at once
                 raise InputError(
-                    f"no reference at {url} in {self.patience:.0f} s ({why}): is "
-                    "`python ref_server.py` running there?"
+                    f"no reference at {url} in {waited:.0f} s ({why}): is `python ref_server.py` "
+                    "running there?"
                 )
             if not said and pause > 3:
                 print(f"waiting for the reference at {url} ({why})", flush=True)
@@ -184,7 +197,7 @@ def check_request(tensors, model):
     NOTE: an id out of range must not reach a GPU: it ends the whole process, not the request.
     """
     names, config = set(tensors), model.config
-    check(names <= REQUEST, f"unknown tensors {sorted(names - REQUEST)}: expected {REQUEST}")
+    check(names <= REQUEST, f"unknown tensors {sorted(names - REQUEST)}")
     check(REQUEST <= names, f"missing tensors {sorted(REQUEST - names)}")
     for name in ("input_ids", "attention_mask", "mm_token_type_ids", "completions", "mask"):
         value = tensors[name]
@@ -201,10 +214,9 @@ def check_request(tensors, model):
         check(((tensors[name] == 0) | (tensors[name] == 1)).all(), f"{name}: expected 0 and 1")
     (batch, start), (rows, length) = ids.shape, completions.shape
     check(rows % batch == 0, f"{rows} completions for {batch} prompts: expected a multiple")
-    check(
-        batch * (start + rows // batch * length) ** 2 <= LARGEST,
-        f"{rows} completions of {length} tokens behind {start}: too many for one request",
-    )
+    width = start + rows // batch * length  # T
+    small = batch * width <= MOST_TOKENS and batch * width**2 <= MOST_PAIRS
+    check(small, f"{rows} completions of {length} tokens behind {start}: too many for one request")
     size = model.get_input_embeddings().num_embeddings
     for name in ("input_ids", "completions"):
         check(0 <= tensors[name].min() and tensors[name].max() < size, f"{name}: ids up to {size}")
@@ -214,10 +226,11 @@ def check_request(tensors, model):
     )
     is_image = ids == config.image_token_id
     check((tensors["mm_token_type_ids"].long() == is_image).all(), "mm_token_type_ids: 1 on images")
+    check(not (is_image & (attention == 0)).any(), "attention_mask: 0 on an image token")
     for token in sampler.vision_tokens(model):
         check(not (completions == token).any(), f"completions: vision token {token}")
     check(not (ids == config.video_token_id).any(), "input_ids: a video token, expected images")
-    check_images(tensors["pixel_values"], grid, is_image & attention.bool(), config.vision_config)
+    check_images(tensors["pixel_values"], grid, is_image, config.vision_config)
     temperature = tensors["temperature"]
     check(temperature.dim() == 0 and temperature.is_floating_point(), "temperature: one float")
     check(math.isfinite(temperature) and temperature > 0, "temperature: expected more than 0")
@@ -246,8 +259,16 @@ class Handler(BaseHTTPRequestHandler):
     server_version = "reference"
 
     def setup(self):
-        self.timeout = self.server.timeout_s
+        """What has not arrived in time is cut off, however it trickles in."""
+        self.timeout = self.server.timeout_s  # of every single wait
         super().setup()
+        self.late = threading.Timer(self.timeout, self.request.shutdown, [socket.SHUT_RD])
+        self.late.daemon = True
+        self.late.start()
+
+    def finish(self):
+        self.late.cancel()
+        super().finish()
 
     def reply(self, code, body, kind="text/plain"):
         self.send_response(code)
@@ -297,29 +318,36 @@ class Handler(BaseHTTPRequestHandler):
             self.answer_logps(int(length))
 
     def answer_logps(self, length):
+        """NOTE: whatever the request makes torch raise must end in an answer: a client that gets
+        none takes the server for one that is starting, and asks again."""
         from safetensors import SafetensorError
         from safetensors.torch import load, save
 
-        model = self.server.model
+        model, start = self.server.model, time.time()
         try:
             body = self.rfile.read(length)
+            self.late.cancel()
+            if len(body) < length and time.time() - start > 0.9 * self.timeout:
+                return self.send_error(408, f"{length} bytes did not arrive in time")
             check(len(body) == length, f"{len(body)} bytes, Content-Length says {length}")
             tensors = load(body)
             check_request(tensors, model)
-            sizes = ("completions", "mask", "temperature")
-            completions, mask, temperature = (tensors.pop(name) for name in sizes)
+        except TimeoutError:
+            return self.send_error(408, f"{length} bytes did not arrive in time")
+        except InputError as error:
+            return self.send_error(400, error)
+        except (SafetensorError, KeyError, RuntimeError) as error:  # an unknown dtype, a mad shape
+            return self.send_error(400, f"expected a body in safetensors format ({error})")
+        completions, mask, temperature = (tensors.pop(k) for k in ANSWERS)
+        try:
             with self.server.one_at_a_time, torch.no_grad():
                 logps = sampler.completion_logps(
                     model, tensors, completions, mask, temperature.item()
                 )
-        except TimeoutError:
-            self.send_error(408, f"{length} bytes did not arrive in time")
-        except InputError as error:
-            self.send_error(400, error)
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:  # KeyError: its dtype
-            self.send_error(400, f"expected a body in safetensors format ({error})")
         except torch.OutOfMemoryError:
             self.send_error(413, "not enough memory: send fewer prompts at once (--batch_size)")
+        except (RuntimeError, ValueError, IndexError) as error:
+            self.send_error(400, f"the model cannot score this: {error}")
         else:
             body = save({"logps": logps.float().cpu().contiguous()})
             self.reply(200, body, "application/octet-stream")
@@ -379,6 +407,8 @@ def main(args):
         threading.Thread(target=lambda: (os.read(0, 1), stop()), daemon=True).start()
     host, port = server.server_address[:2]
     print(f"reference: {args.model_path} at http://{host}:{port}", flush=True)
+    if not host.startswith("127.") and not os.environ.get("REF_TOKEN"):
+        print("NOTE: others can reach it, and REF_TOKEN is not set", file=sys.stderr)
 
     # 3. Serve.
     with server:

@@ -35,6 +35,7 @@ from torch import nn
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
 TINY_VLM, TINY_SAM = ASSETS / "tiny_vlm", ASSETS / "tiny_sam" / "model.safetensors"
 
 
@@ -115,9 +116,10 @@ def start_processes(args):
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    check_device(args.device)
-    if args.device == "cuda":
+    if args.device == "cuda":  # before it is tried: every process would open the first one
         args.device = f"cuda:{local_rank}"
+    check_device(args.device)
+    if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
@@ -137,16 +139,20 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
 
     logging.disable_progress_bar()
     check_device(device)
-    path, adapter = str(path), None
+    path = str(path)
     if not Path(path).is_dir() and not (HUB_NAME.fullmatch(path) and not path.startswith("runs/")):
         raise InputError(f"no model at {path}: that folder does not exist")
-    for folder in (Path(path), Path(path) / "adapter"):
-        if (folder / "adapter_config.json").is_file() and not (
-            Path(path) / "config.json"
-        ).is_file():
-            adapter, path = folder, read_adapter_config(folder)["base_model_name_or_path"]
-            break
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    adapters = [f for f in (Path(path), Path(path) / "adapter") if (f / ADAPTER_CONFIG).is_file()]
+    if adapters and not (Path(path) / "config.json").is_file():
+        base = read_adapter_config(adapters[0])["base_model_name_or_path"]
+        if Path(base).resolve() in (Path(path).resolve(), adapters[0].resolve()):
+            raise InputError(f"{adapters[0]} names itself as its base model")
+        model, processor = load_policy(base, device, dtype)
+        load_adapter(model, adapters[0])
+        merge_lora(model)
+        # the adapter's weights came as float32, and what it does not touch was frozen
+        return model.to(device, dtype).requires_grad_(True).eval(), processor
     try:
         processor = AutoProcessor.from_pretrained(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
@@ -156,11 +162,6 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
             f"no model at {path}: expected a Hugging Face folder (config.json, *.safetensors) or "
             f"a hub name that can be reached ({why})"
         ) from None
-    if adapter:
-        load_adapter(model, adapter)
-        merge_lora(model)
-        # the adapter's weights came as float32, and what it does not touch was frozen
-        model.to(dtype).requires_grad_(True)
     return model.to(device).eval(), processor
 
 
@@ -184,7 +185,7 @@ def answer_frame(model, processor, width, height):
 
 def mixed_precision(model):
     """bfloat16 arithmetic on CUDA, and wherever the weights are bfloat16 (LoRA and the merger train
-    in float32 beside them). Every call of the model is made under it, the reference's too."""
+    in float32 beside them). Policy and reference are always called under it."""
     half = model.device.type == "cuda" or model.dtype == torch.bfloat16
     return torch.autocast(model.device.type, torch.bfloat16, enabled=half)
 
@@ -277,6 +278,8 @@ def to_device(prompt, model):
 def take_prompts(prompt, rows):
     """The inputs of some of B prompts. Patches of all images lie in one tensor, image by image."""
     taken = {key: value[rows] for key, value in prompt.items() if key != "pixel_values"}
+    if "pixel_values" not in prompt:
+        return taken
     patches = prompt["pixel_values"].split(prompt["image_grid_thw"].prod(-1).tolist())
     return {**taken, "pixel_values": torch.cat([patches[row] for row in rows])}
 
@@ -363,8 +366,8 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
     sees = ((owner == 0) | (owner[:, None] == owner)).tril()  # (T, T)
     exists = torch.nn.functional.pad(attention.bool(), (0, packed), value=True)  # (B, T)
     sees = (sees & exists[:, None])[:, None]  # (B, 1, T, T)
-    # NOTE: not -inf, nor float32's least number, which bfloat16 rounds to it: a padding token sees
-    # nothing, and softmax would give nan
+    # NOTE: a finite number that every type can hold: padding sees nothing, and a softmax over -inf
+    # alone is nan
     bias = torch.zeros(sees.shape, dtype=model.dtype, device=ids.device).masked_fill(~sees, -1e9)
 
     prompt = {  # mm_token_type_ids must cover the completions, as text
@@ -464,12 +467,12 @@ def save_adapter(model, folder, base):
     }
     save_file(state, folder / "adapter_model.safetensors.new")
     os.replace(folder / "adapter_model.safetensors.new", folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def read_adapter_config(folder):
     """adapter_config.json as a dict; InputError if it is not a LoRA adapter's."""
-    path = Path(folder) / "adapter_config.json"
+    path = Path(folder) / ADAPTER_CONFIG
     try:
         config = json.loads(path.read_text())
         config["r"], config["lora_alpha"], config["base_model_name_or_path"]

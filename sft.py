@@ -213,7 +213,7 @@ def main(args):
         for _ in range(args.accumulate):
             batch = {key: value.to(args.device) for key, value in next(batches).items()}
             tokens = int(batch["attention_mask"].sum())
-            with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+            with sampler.mixed_precision(model):
                 loss, answer_tokens = answer_loss(model, batch)
             loss.backward()
             totals += torch.tensor([loss.item(), answer_tokens, tokens], device=args.device)

@@ -33,8 +33,8 @@ def get_args(argv=None):
     compare = kinds.add_parser("compare", help="two evaluations of the same split")
     compare.add_argument("runs", nargs=2, help="folders that eval.py wrote: before, after")
     compare.add_argument("--data_root", default="demo_data", help="folder that holds the data set")
-    for kind in (curve, compare):
-        kind.add_argument("--out", help="the picture; without it there is none")
+    curve.add_argument("--out", default="curve.png", help="the picture")
+    compare.add_argument("--out", help="a picture of what changed most; without it there is none")
     return parser.parse_args(argv)
 
 
@@ -54,7 +54,7 @@ def panel(draw, corner, size, title, curves):
     font = ImageFont.load_default(15)
     curves = [smooth(curve, max(1, len(curve) // 12)) for curve in curves]
     known = [value for curve in curves for value in curve if value is not None]
-    low, high = min(known), max(known) + 1e-9
+    low, high = min(known, default=0), max(known, default=0) + 1e-9
     draw.rectangle([left, top, left + width, top + height], outline="#999999")
     draw.text((left, top - 22), title, fill="black", font=font)
     draw.text((left - 48, top - 4), f"{high:.3f}", fill="black", font=font)
@@ -70,7 +70,9 @@ def panel(draw, corner, size, title, curves):
 
 def draw_curve(paths):
     """Box reward, point reward, KL and length of answers; one colour per run."""
-    runs = [[json.loads(line) for line in open(path)] for path in paths]
+    runs = [evaluation.read_rows(Path(path)) for path in paths]
+    if not all(runs):
+        raise InputError(f"no lines in one of {', '.join(paths)}")
     titles = {
         "reward_box": "box reward (IoU)",
         "reward_point": "point reward (accuracy)",
@@ -127,7 +129,7 @@ def draw_pairs(before, after, samples, count=3):
 
 def main(args):
     if args.kind == "curve":
-        return draw_curve(args.runs).save(args.out or "curve.png")
+        return draw_curve(args.runs).save(args.out)
     before, after = (
         {(row["ref_id"], row["sentence"]): row for row in evaluation.read_rows(path)}
         for path in (Path(run) / "predictions.jsonl" for run in args.runs)
@@ -136,7 +138,8 @@ def main(args):
         raise InputError(f"{' and '.join(args.runs)} hold no answers to the same phrases")
     before, after = list(before.values()), [after[key] for key in before]
     print(f"{len(before)} phrases on {len({row['image'] for row in before})} images")
-    for key in ("box_iou", "point_acc", "iou"):
+    keys = [key for key in ("box_iou", "point_acc", "iou") if before[0][key] is not None]
+    for key in keys:  # point_acc: not with --points none
         old, new, low, high = paired(before, after, key)
         print(f"{key:<10} {old:.3f} -> {new:.3f}  {new - old:+.4f} (95 % {low:+.4f} … {high:+.4f})")
     if args.out:

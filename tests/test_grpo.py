@@ -1,5 +1,6 @@
 """Rewards, advantages, loss, several processes, and the shortest real command."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from test_ref_server import serve
 
 import data
 import grpo
@@ -209,6 +211,38 @@ def test_truncated_completions_can_be_left_out(train):
     assert used["grad_norm"] > 0 and left["grad_norm"] == 0
 
 
+def test_the_big_models_flags_and_a_server_of_ones_own(train, tmp_path):
+    process, port = serve()
+    try:
+        lines = train(
+            f"--ref_url http://127.0.0.1:{port} --gradient_checkpointing --max_step 4 --lr 1e-3 "
+            "--batch_size 2 --point_ratio 0.5 --box_weight 2 --point_weight 3 --format_weight 0.5"
+        )
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert abs(lines[0]["kl"]) < 1e-6 < lines[-1]["kl"]
+    kinds = set()
+    for line in lines:  # one micro-batch an update: one task
+        weight, task = (2, "box") if line["reward_box"] is not None else (3, "point")
+        kinds.add(task)
+        parts = weight * line[f"reward_{task}"] + 0.5 * line["reward_format"]
+        assert line["reward"] == pytest.approx(parts, abs=1e-5)
+    assert kinds == {"box", "point"}
+    if importlib.util.find_spec("tensorboard"):
+        assert list((tmp_path / "grpo" / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--warmup 2", "--eps_low -1", "--clip 0", "--point_ratio 7", "--group 1", "--ref_url host:1"],
+)
+def test_a_setting_out_of_range_ends_in_one_line(options, capsys):
+    with pytest.raises(SystemExit):
+        grpo.get_args(options.split())
+    assert capsys.readouterr().err.count("error:") == 1
+
+
 def test_the_same_seed_gives_the_same_run(train):
     common = "--max_step 2 --batch_size 2 --beta 0 --lr 1e-3"
     timeless = lambda lines: [
@@ -312,7 +346,7 @@ def test_a_process_without_a_usable_group_does_not_hang_the_others(start_patched
     assert len(lines) == 2 and all(line["grad_norm"] > 0 for line in lines)
 
 
-def test_gradients_of_two_halves_add_up_to_those_of_the_whole(tiny):
+def test_gradients_of_two_halves_add_up_to_those_of_the_whole():
     """Micro-batches and processes alike: what token_weights is given are the whole's numbers."""
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]])
     args = SimpleNamespace(beta=0.1, eps_low=0.1, eps_high=0.1)

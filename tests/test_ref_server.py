@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from http.client import HTTPConnection
 
@@ -72,13 +73,15 @@ def test_the_server_gives_the_log_probs_of_the_model_it_serves(port, asked):
     assert (found[~mask] == 0).all()
 
 
-def test_a_reference_with_another_vocabulary_is_refused(port, asked):
+def test_a_reference_with_another_vocabulary_or_precision_is_refused(port, asked):
     expected = ref_server.describe(*asked[:2], TINY)
     url = [f"http://127.0.0.1:{port}"]
-    with pytest.raises(InputError, match="another vocabulary"):
+    with pytest.raises(InputError, match="fingerprint"):
         ref_server.Reference(url, expected | {"fingerprint": "0" * 16})
     with pytest.raises(InputError, match="vocab_size"):
         ref_server.Reference(url, expected | {"vocab_size": 1})
+    with pytest.raises(InputError, match="--dtype"):  # the KL would not start at 0
+        ref_server.Reference(url, expected | {"dtype": "bfloat16"})
 
 
 def send(port, raw):
@@ -165,6 +168,18 @@ def broken_requests(asked):
     for thing in (good, {"a": 1}, os.system):
         yield "pickle", {"body": pickle.dumps(thing)}
     yield "huge safetensors header", {"body": (2**40).to_bytes(8, "little") + b"{" * 1000}
+    yield "float8", {"body": save(good | {"temperature": torch.tensor(0.9).to(torch.float8_e5m2)})}
+    header = json.dumps(
+        {"mask": {"dtype": "I64", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}
+    )
+    yield "mad shape", {"body": len(header).to_bytes(8, "little") + header.encode()}
+    padded = good["attention_mask"].clone()
+    padded[0, : good["input_ids"][0].tolist().index(image) + 1] = 0
+    yield "image token in the padding", {"body": save(good | {"attention_mask": padded})}
+    many = {k: good[k][:1].repeat(60_000, 1) for k in ("input_ids", "attention_mask")}
+    many = {k: v[:, -1:].contiguous() for k, v in many.items()}
+    many |= {"mm_token_type_ids": many["input_ids"] * 0, "completions": many["input_ids"] + 1}
+    yield "many short rows", {"body": save(good | many | {"mask": many["attention_mask"].bool()})}
     yield "long completions", {
         "body": save(good | {"completions": torch.zeros(6, 9000, dtype=torch.int64),
                              "mask": torch.ones(6, 9000, dtype=torch.bool)})
@@ -217,13 +232,42 @@ def test_a_full_server_is_asked_again_and_a_token_keeps_others_out(asked, monkey
             ref_server.Reference(url, expected)
         monkeypatch.setenv("REF_TOKEN", "open sesame")
         with socket.create_connection(("127.0.0.1", port)):  # silent, in the only slot
-            time.sleep(0.3)
+            time.sleep(0.5)
             assert send(port, b"GET /health HTTP/1.1\r\n\r\n") == (503, b"busy: ask again\n")
             client = ref_server.Reference(url, expected, patience=20)
             assert client.logps(*asked[2:], 1.0).shape == asked[3].shape
+        drip = socket.create_connection(("127.0.0.1", port))  # a byte now and then, for ever
+        threading.Thread(target=trickle, args=[drip], daemon=True).start()
+        time.sleep(0.5)
     finally:
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(10) == 0
+
+
+def trickle(connection):
+    connection.sendall(b"POST /logps HTTP/1.1\r\nContent-Length: 100\r\n")
+    connection.sendall(b"Authorization: Bearer open sesame\r\n\r\n")
+    try:
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.5)
+    except OSError:
+        pass  # cut off
+
+
+def test_a_request_that_is_too_large_is_named_though_it_was_not_read(port, asked):
+    expected = ref_server.describe(*asked[:2], TINY)
+    client = ref_server.Reference([f"http://127.0.0.1:{port}"], expected, patience=5)
+    large = {**asked[2], "pixel_values": torch.zeros(5_000_000)}
+    with pytest.raises(InputError, match="--max_mb"):
+        client.logps(large, *asked[3:], 1.0)
+
+
+def test_a_child_that_has_ended_is_not_waited_for(asked):
+    expected, child = ref_server.describe(*asked[:2], TINY), subprocess.Popen(["true"])
+    child.wait()
+    with pytest.raises(InputError, match="ended, code 0"):
+        ref_server.Reference(["http://127.0.0.1:9"], expected, child=child)
 
 
 def test_the_client_waits_for_a_server_that_is_starting_and_says_so_once(asked, capsys):

@@ -271,12 +271,13 @@ def test_the_shared_prefix_gives_what_the_padded_batch_gives(kind, checkpointing
     )
     prompt = unlike_prompts(processor)
     torch.manual_seed(0)
-    completions, mask, _ = sampler.sample_group(model, processor, prompt, 4, 13, 1.5)
-    mask = mask & (torch.arange(13) < torch.tensor([13, 1, 5, 9] * 3)[:, None])
-    adv = torch.randn(12, 1)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
+    completions, mask, _ = sampler.sample_group(model, processor, prompt, 4, 13, 1.5)
+    mask = mask & (torch.arange(13) < torch.tensor([13, 1, 5, 9] * 3)[:, None])
+    adv = torch.randn(12, 1)
+    assert model.training == checkpointing
     results = []
     for score in (
         lambda: sampler.completion_logps(model, prompt, completions, mask, 0.9),
@@ -361,6 +362,53 @@ def test_vision_tokens_are_never_sampled(tiny):
     assert not torch.isin(ids, torch.tensor(vision)).any()
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_in_bfloat16_a_fresh_policy_is_its_reference_to_the_bit(attention):
+    """The policy's LoRA and mergers are float32, the reference is bfloat16 throughout. The padding
+    of unlike prompts sees nothing, and must not become nan."""
+    reference, processor = sampler.load_policy(dtype=torch.bfloat16)
+    policy, _ = sampler.load_policy(dtype=torch.bfloat16)
+    sampler.add_lora(policy, rank=4, alpha=8, dropout=0.0)
+    for model in (reference, policy):
+        model.set_attn_implementation(attention)
+    prompt = unlike_prompts(processor)
+    assert (prompt["attention_mask"] == 0).any()
+    ids, mask, logp = sampler.sample_group(policy, processor, prompt, 4, 16, 0.9)
+    scored = sampler.completion_logps(policy, prompt, ids, mask, 0.9)
+    scored.sum().backward()
+    with torch.no_grad():
+        assert (sampler.completion_logps(reference, prompt, ids, mask, 0.9) == scored).all()
+    assert scored.isfinite().all() and (scored - logp).abs().mean() < 0.05
+    grads = [p.grad for p in policy.parameters() if p.grad is not None]
+    assert len(grads) > 20 and all(grad.isfinite().all() for grad in grads)
+
+
+def test_a_model_without_images_is_scored_from_plain_positions(tiny):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    config = Qwen2Config(vocab_size=1500, num_hidden_layers=2, num_key_value_heads=2, **sizes)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).eval()
+    attention = torch.tensor([[1] * 7, [0, 0] + [1] * 5])
+    prompt = {"input_ids": torch.randint(0, 380, (2, 7)), "attention_mask": attention}
+    ids, mask, logp = sampler.sample_group(model, tiny[1], prompt, 3, 6, 1.0)
+    wide = {key: value.repeat_interleave(3, 0) for key, value in prompt.items()}
+    seen = torch.cat([wide["attention_mask"], mask.long()], 1)
+    with torch.no_grad():
+        scored = sampler.completion_logps(model, sampler.take_prompts(prompt, [1, 0]), ids, mask)
+        ids = ids[[3, 4, 5, 0, 1, 2]]
+        logits = model(
+            input_ids=torch.cat([wide["input_ids"], ids], 1),
+            attention_mask=seen,
+            position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+        ).logits[:, 6:-1]
+        again = sampler.completion_logps(model, prompt, ids, mask)
+    expected = logits.log_softmax(-1).gather(2, ids[..., None])[..., 0]
+    assert torch.allclose(again[mask], expected[mask], atol=1e-5)
+    assert torch.allclose(scored[:3], again[3:], atol=1e-5)
+
+
 def test_some_prompts_of_a_batch_are_what_they_are_alone(tiny):
     model, processor = tiny
     prompt = unlike_prompts(processor)
@@ -428,6 +476,21 @@ def test_an_adapter_alone_loads_onto_its_base(adapted, tmp_path):
     assert (logits_of(loaded, batch) - logits_of(model, batch)).abs().max() < 1e-4
     half, _ = sampler.load_policy(tmp_path, dtype=torch.bfloat16)
     assert all(p.requires_grad and p.dtype == torch.bfloat16 for p in half.parameters())
+
+
+def test_an_adapter_on_an_adapter_alone_is_loaded_too(adapted, tmp_path):
+    """As after sft.py --no-merge and grpo.py --no-merge."""
+    model, _, batch = adapted
+    sampler.save_adapter(model, tmp_path / "sft" / "adapter", sampler.TINY_VLM)
+    second, _ = sampler.load_policy(tmp_path / "sft")
+    sampler.add_lora(second, rank=4, alpha=8, dropout=0.0)
+    for name, parameter in second.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.02
+    sampler.save_adapter(second, tmp_path / "grpo" / "adapter", tmp_path / "sft")
+    loaded, _ = sampler.load_policy(tmp_path / "grpo")
+    assert torch.allclose(logits_of(loaded, batch), logits_of(second, batch), atol=1e-3)
+    assert not torch.allclose(logits_of(loaded, batch), logits_of(model, batch), atol=1e-2)
 
 
 def test_the_real_peft_reads_the_adapter(adapted, tmp_path):

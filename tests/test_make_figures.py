@@ -1,0 +1,43 @@
+"""The comparison that the README's intervals come from, and the curve."""
+
+import json
+
+import numpy as np
+import pytest
+
+from assets import make_figures
+from sampler import InputError
+
+
+def rows(values, images):
+    return [{"image": image, "iou": value} for image, value in zip(images, values)]
+
+
+def test_a_constant_gain_has_an_interval_without_width():
+    before = rows([0.1, 0.4, 0.3], "aab")
+    after = rows([0.2, 0.5, 0.4], "aab")
+    old, new, low, high = make_figures.paired(before, after, "iou", draws=200)
+    assert (old, new) == (pytest.approx(0.8 / 3), pytest.approx(1.1 / 3))
+    assert low == pytest.approx(0.1) and high == pytest.approx(0.1)
+
+
+def test_phrases_on_one_image_are_drawn_together():
+    """Ten equal phrases on each image tell no more than one: the interval is that of the images."""
+    gains = np.random.default_rng(1).normal(0.05, 0.1, 40)
+    widths = []
+    for copies in (1, 10):
+        images = [image for image in range(40) for _ in range(copies)]
+        before, after = rows([0.0] * len(images), images), rows(np.repeat(gains, copies), images)
+        _, _, low, high = make_figures.paired(before, after, "iou")
+        widths.append(high - low)
+    assert widths[0] == pytest.approx(widths[1], rel=0.05)
+    assert widths[0] == pytest.approx(2 * 1.96 * gains.std() / 40**0.5, rel=0.1)
+
+
+def test_the_curve_is_drawn_also_where_a_task_was_never_asked(tmp_path):
+    keys = {"reward_box": 0.5, "reward_point": None, "kl": 0.1, "length": 20.0}
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(keys | {"kl": i / 9}) + "\n" for i in range(9)))
+    assert make_figures.draw_curve([str(path), str(path)]).size == (1000, 520)
+    with pytest.raises(InputError, match="no lines"):
+        make_figures.draw_curve([str(tmp_path / "none.jsonl")])
