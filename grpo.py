@@ -340,8 +340,10 @@ def main(args):
     folder = Path(args.log_dir) / args.version_name
     if Path(args.model_path).resolve() == folder.resolve():  # the reference would change with it
         raise InputError(f"--model_path {folder} would be overwritten: give a new --version_name")
-    if args.model_path == str(Path(args.log_dir) / "sft") and not Path(args.model_path).is_dir():
-        raise InputError(f"no model at {args.model_path}: run python sft.py first, or --model_path")
+    start, files = Path(args.model_path), ("config.json", "adapter", sampler.ADAPTER_CONFIG)
+    if start == Path(args.log_dir) / "sft" or start.is_dir():  # else a hub name
+        if not any((start / name).exists() for name in files):
+            raise InputError(f"no model in {start}: run python sft.py first, or set --model_path")
     rank, world, local_rank = sampler.start_processes(args)
     on_gpu = args.device.startswith("cuda")
     say = print if rank == 0 else lambda *_: None
@@ -467,6 +469,8 @@ def main(args):
             for key, value in line.items():
                 if board and value is not None:
                     board.add_scalar(key, value, step)
+            if step == 1 and args.mu == 1 and (line["kl"] or 0) > 1e-3:
+                say(f"NOTE: KL {line['kl']:.1e} at the start: the reference is another model")
             bar.set_postfix(reward=f"{line['reward']:.3f}", kl=f"{line['kl'] or 0:.1e}")
             if step % args.save_step == 0 or step == steps:
                 sampler.save_trained(model, processor, args, folder)

@@ -102,7 +102,8 @@ class Reference:
                 raise InputError(f"what answers at {url} is no reference server") from None
             for key in ("vocab_size", "fingerprint", "dtype"):
                 if found[key] != expected[key]:
-                    mend = "--dtype" if key == "dtype" else "the model that training starts from"
+                    mend = "the model that training starts from"
+                    mend = f"--dtype {expected[key]}" if key == "dtype" else mend
                     raise InputError(
                         f"the reference at {url} ({found['model']}) has {key} {found[key]}, the "
                         f"policy {expected[key]}: start ref_server.py with {mend}"
@@ -148,7 +149,7 @@ class Reference:
             else:
                 if answer.status == 200:
                     return content
-                why = content.decode(errors="replace").strip()
+                why = content.decode(errors="replace").strip()[:300].partition("\n")[0]
                 if answer.status != 503:
                     raise InputError(f"the reference at {url} refused {path}: {why}")
             if time.time() - start > self.patience:
@@ -260,9 +261,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self):
         """What has not arrived in time is cut off, however it trickles in."""
-        self.timeout = self.server.timeout_s  # of every single wait
+        seconds = self.server.timeout_s
+        self.timeout = 2 * seconds  # of a single wait: for clients that do not take their answer
         super().setup()
-        self.late = threading.Timer(self.timeout, self.request.shutdown, [socket.SHUT_RD])
+        self.late = threading.Timer(seconds, self.request.shutdown, [socket.SHUT_RD])
         self.late.daemon = True
         self.late.start()
 
@@ -295,7 +297,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if not self.is_allowed():
-            self.send_error(401, "expected the token in REF_TOKEN as 'Authorization: Bearer …'")
+            self.send_error(401, "expected the token in REF_TOKEN, as 'Authorization: Bearer ...'")
         elif self.path == "/health":
             self.reply(200, json.dumps(self.server.health).encode(), "application/json")
         elif self.path == "/logps":
@@ -307,7 +309,7 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         most = self.server.max_bytes
         if not self.is_allowed():
-            self.send_error(401, "expected the token in REF_TOKEN as 'Authorization: Bearer …'")
+            self.send_error(401, "expected the token in REF_TOKEN, as 'Authorization: Bearer ...'")
         elif self.path != "/logps":
             self.send_error(405 if self.path == "/health" else 404, "expected POST /logps")
         elif not re.fullmatch("[0-9]{1,15}", length):
@@ -323,17 +325,15 @@ class Handler(BaseHTTPRequestHandler):
         from safetensors import SafetensorError
         from safetensors.torch import load, save
 
-        model, start = self.server.model, time.time()
+        model = self.server.model
+        body = self.rfile.read(length)
+        if not self.late.is_alive():
+            return self.send_error(408, f"{length} bytes did not arrive in time")
+        self.late.cancel()
         try:
-            body = self.rfile.read(length)
-            self.late.cancel()
-            if len(body) < length and time.time() - start > 0.9 * self.timeout:
-                return self.send_error(408, f"{length} bytes did not arrive in time")
             check(len(body) == length, f"{len(body)} bytes, Content-Length says {length}")
             tensors = load(body)
             check_request(tensors, model)
-        except TimeoutError:
-            return self.send_error(408, f"{length} bytes did not arrive in time")
         except InputError as error:
             return self.send_error(400, error)
         except (SafetensorError, KeyError, RuntimeError) as error:  # an unknown dtype, a mad shape
@@ -398,7 +398,7 @@ def main(args):
     health = describe(model, processor, args.model_path)
     try:
         server = Server(args, model, health)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise InputError(f"cannot listen on {args.host}:{args.port} ({error}): --port") from None
     stop = lambda *_: threading.Thread(target=server.shutdown).start()
     for name in (signal.SIGTERM, signal.SIGINT):

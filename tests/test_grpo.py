@@ -257,6 +257,13 @@ def test_a_missing_sft_model_is_named_with_the_command_that_makes_it(run, small_
     assert "python sft.py" in message and message.count("\n") == 1
 
 
+def test_an_sft_that_was_cut_off_before_it_saved_is_named_too(run, tmp_path):
+    (tmp_path / "runs" / "sft").mkdir(parents=True)
+    (tmp_path / "runs" / "sft" / "args.json").write_text("{}")
+    message = run("grpo.py", fails=True)
+    assert "python sft.py" in message and message.count("\n") == 1
+
+
 def test_a_model_that_would_be_its_own_reference_is_refused(run):
     message = run("grpo.py --model_path runs/grpo", fails=True)
     assert "--version_name" in message and message.count("\n") == 1
