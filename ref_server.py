@@ -158,7 +158,7 @@ class Reference:
                     f"no reference at {url} in {waited:.0f} s ({why}): is `python ref_server.py` "
                     "running there?"
                 )
-            if not said and pause > 3:
+            if not said and pause > 1:
                 print(f"waiting for the reference at {url} ({why})", flush=True)
                 said = True
             time.sleep(pause)

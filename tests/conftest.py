@@ -13,6 +13,34 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+TINY = str(ROOT / "assets" / "tiny_vlm")
+
+
+def serve(*options, **environment):
+    """(process, port) of a reference server of the tiny model that listens."""
+    from ref_server import child_port
+
+    command = [sys.executable, str(ROOT / "ref_server.py"), "--model_path", TINY, "--port", "0"]
+    process = subprocess.Popen(
+        [*command, *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    return process, child_port(process)
+
+
+@pytest.fixture(scope="session")
+def port():
+    """Of a reference server for all tests."""
+    process, port = serve("--timeout", "2", "--max_mb", "4")
+    yield port
+    process.terminate()
+    assert process.wait(20) == 0
+
+
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory):
     """--data_root of a demo set with a handful of images."""

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_ref_server import serve
 
 import data
 import grpo
@@ -211,16 +210,11 @@ def test_truncated_completions_can_be_left_out(train):
     assert used["grad_norm"] > 0 and left["grad_norm"] == 0
 
 
-def test_the_big_models_flags_and_a_server_of_ones_own(train, tmp_path):
-    process, port = serve()
-    try:
-        lines = train(
-            f"--ref_url http://127.0.0.1:{port} --gradient_checkpointing --max_step 4 --lr 1e-3 "
-            "--batch_size 2 --point_ratio 0.5 --box_weight 2 --point_weight 3 --format_weight 0.5"
-        )
-    finally:
-        process.terminate()
-        process.wait(20)
+def test_the_big_models_flags_and_a_server_of_ones_own(train, port, tmp_path):
+    lines = train(
+        f"--ref_url http://127.0.0.1:{port} --gradient_checkpointing --max_step 4 --lr 1e-3 "
+        "--batch_size 2 --point_ratio 0.5 --box_weight 2 --point_weight 3 --format_weight 0.5"
+    )
     assert abs(lines[0]["kl"]) < 1e-6 < lines[-1]["kl"]
     kinds = set()
     for line in lines:  # one micro-batch an update: one task
