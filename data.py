@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -352,6 +353,19 @@ def load_samples(option, data_root, split=None, problems=None):
         splits = sorted({str(ref.get("split")) for ref in refs})
         raise InputError(f"{root / name} has no split {split!r} (found: {', '.join(splits)})")
     return samples
+
+
+def load_for_training(args, rank):
+    """(samples of args.split whose mask is not empty, those of val or [] with --val_limit 0)."""
+    if rank == 0 and args.option == "demo":  # drawn before the others look for it
+        load_samples(args.option, args.data_root)
+    if dist.is_initialized():
+        dist.barrier()
+    samples = load_samples(args.option, args.data_root, args.split)
+    trainable = [sample for sample in samples if sample.mask.any()]
+    if rank == 0 and len(trainable) < len(samples):
+        print(f"left out: {len(samples) - len(trainable)} refs whose mask is empty")
+    return trainable, load_samples(args.option, args.data_root, "val") if args.val_limit else []
 
 
 def _sample(ref, annotations, images, classes, folder, present):

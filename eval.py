@@ -325,6 +325,24 @@ def validate(model, processor, samples, use_think=False, batch_size=64, limit=20
     return {"box_iou": (totals[0] / totals[2]).item(), "point_acc": (totals[1] / totals[2]).item()}
 
 
+def validate_both(model, processor, samples, args):
+    """`validate` without and with reasoning; [] without samples. args: val_batch_size, val_limit"""
+    return [
+        validate(model, processor, samples, think, args.val_batch_size, args.val_limit)
+        for think in (False, True)
+        if samples
+    ]
+
+
+def print_gain(before, after):
+    """What a stage of training brought, by two results of `validate_both`."""
+    for name, old, new in zip(("no think", "think"), before, after):
+        print(
+            f"val, {name:<8}: box IoU {old['box_iou']:.3f} -> {new['box_iou']:.3f}, "
+            f"point accuracy {old['point_acc']:.3f} -> {new['point_acc']:.3f}"
+        )
+
+
 # ------------------------------------------------------------------------- files and pictures
 
 

@@ -48,8 +48,8 @@ from tqdm import tqdm
 import data
 import ref_server
 import sampler
-from eval import validate
-from sampler import InputError
+from eval import print_gain, validate_both
+from sampler import InputError, sum_gradients
 
 # (the recipe for an 8 B model, the demo)
 DEFAULTS = dict(
@@ -62,8 +62,6 @@ DEFAULTS = dict(
     val_limit=(200, 100),
     val_batch_size=(8, 64),
 )
-
-
 _URL = re.compile(r"http://[^/\s:]+:[0-9]{1,5}/?")
 
 
@@ -268,14 +266,6 @@ def roll_out(model, processor, images, prompts, answers, task, args, sums):
     return prompt, ids[kept], mask[kept], adv, behaviour[kept]
 
 
-def sum_gradients(parameters):
-    """Sum gradients over all processes, also over one that had nothing to train on."""
-    for parameter in parameters if dist.is_initialized() else ():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-
-
 def sum_over_processes(values, device):
     """Floats, each summed over all processes."""
     values = torch.tensor(values, dtype=torch.float64, device=device)
@@ -337,28 +327,14 @@ def log_line(step, order, sums, world, norm, lr, seconds, has_reference):
 
 def main(args):
     # 1. Processes, folder, data.
-    folder = Path(args.log_dir) / args.version_name
-    if Path(args.model_path).resolve() == folder.resolve():  # the reference would change with it
-        raise InputError(f"--model_path {folder} would be overwritten: give a new --version_name")
     start, files = Path(args.model_path), ("config.json", "adapter", sampler.ADAPTER_CONFIG)
     if start == Path(args.log_dir) / "sft" or start.is_dir():  # else a hub name
         if not any((start / name).exists() for name in files):
             raise InputError(f"no model in {start}: run python sft.py first, or set --model_path")
-    rank, world, local_rank = sampler.start_processes(args)
+    rank, world, local_rank, folder = sampler.start_run(args)
     on_gpu = args.device.startswith("cuda")
     say = print if rank == 0 else lambda *_: None
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
-        if args.option == "demo":  # before the others look for it
-            data.load_samples(args.option, args.data_root)
-    if world > 1:
-        dist.barrier()
-    samples = data.load_samples(args.option, args.data_root, args.split)
-    trainable = [sample for sample in samples if sample.mask.any()]
-    if len(trainable) < len(samples):
-        say(f"left out: {len(samples) - len(trainable)} refs whose mask is empty")
-    val = data.load_samples(args.option, args.data_root, "val") if args.val_limit else []
+    trainable, val = data.load_for_training(args, rank)
 
     # 2. The reference starts while the policy loads. One on every machine, for its own ranks.
     # full fine-tuning keeps float32 weights, as updates of 1e-6 vanish in bfloat16
@@ -367,28 +343,18 @@ def main(args):
     if args.beta and not args.ref_url and local_rank == 0:
         child = ref_server.start_child(args.model_path, args.ref_device or args.device, dtype)
     model, processor = sampler.load_policy(args.model_path, args.device, getattr(torch, dtype))
-    say(f"model: {args.model_path}, {len(samples)} refs of {args.option}/{args.split}")
+    say(f"model: {args.model_path}, {len(trainable)} refs of {args.option}/{args.split}")
     urls = reference_urls(args, child, rank, local_rank, world)
     expected = ref_server.describe(model, processor, args.model_path)
     reference = ref_server.Reference(urls, expected, turn=rank, child=child)
     for url, name in zip(urls, reference.models):
         say(f"reference: {name} at {url}")
-    measure = lambda: [
-        validate(model, processor, val, think, args.val_batch_size, args.val_limit)
-        for think in (False, True)
-    ]
-    before = measure() if val else None
+    before = validate_both(model, processor, val, args)
 
     # 3. What is trained.
     torch.manual_seed(args.seed + rank)
-    if args.lora_rank:  # NOTE: no dropout: it would move the ratio off 1 by chance
-        sampler.add_lora(model, args.lora_rank, args.lora_alpha, dropout=0.0)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained if world > 1 else ():  # LoRA's A is random: take rank 0's
-        dist.broadcast(parameter.data, 0)
+    # NOTE: no dropout: it would move the ratio off 1 by chance
+    trained = sampler.make_trainable(model, args, dropout=0.0)
     options = {"lr": args.lr, "weight_decay": args.weight_decay}
     if world > 1 and not args.lora_rank:  # Adam's two moments of all parameters: a share each
         from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -476,11 +442,9 @@ def main(args):
                 sampler.save_trained(model, processor, args, folder)
 
     # 5. What it brought.
-    for name, old, new in zip(("no think", "think"), before, measure()) if val else ():
-        say(
-            f"val, {name:<8}: box IoU {old['box_iou']:.3f} -> {new['box_iou']:.3f}, "
-            f"point accuracy {old['point_acc']:.3f} -> {new['point_acc']:.3f}"
-        )
+    after = validate_both(model, processor, val, args)
+    if rank == 0:
+        print_gain(before, after)
     say(f"written: {folder}. Next: python eval.py --use_think --eval_model_path {folder}")
     if board:
         board.close()

@@ -107,11 +107,15 @@ def check_device(device):
         raise InputError(f"--device {device} cannot be used: {why} (--device cpu works)") from None
 
 
-def start_processes(args):
-    """Join the group of processes that torchrun started, if any, and give args.device its number.
+def start_run(args):
+    """Begin a stage of training: (rank, world, local_rank, folder).
 
-    Returns (rank, world, local_rank): (0, 1, 0) without torchrun. nccl on CUDA, gloo on CPU.
+    Joins the group of processes that torchrun started, if any (else 0, 1, 0; nccl on CUDA, gloo on
+    CPU), gives args.device its number, and makes <log_dir>/<version_name> with args.json in it.
     """
+    folder = Path(args.log_dir) / args.version_name
+    if Path(args.model_path).resolve() == folder.resolve():  # its own base, or its own reference
+        raise InputError(f"--model_path {folder} would be overwritten: give a new --version_name")
     rank, world, local_rank = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -123,7 +127,18 @@ def start_processes(args):
         torch.cuda.set_device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    return rank, world, local_rank
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
+    return rank, world, local_rank, folder
+
+
+def sum_gradients(parameters):
+    """Sum gradients over all processes, also over one that had nothing to train on."""
+    for parameter in parameters if dist.is_initialized() else ():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
 
 
 def load_policy(path=TINY_VLM, device="cpu", dtype=None):
@@ -197,6 +212,10 @@ def vision_tokens(model):
     return [token for token in ids if token is not None]
 
 
+def to_device(inputs, model):
+    return {key: value.to(model.device) for key, value in inputs.items()}
+
+
 class CharProbs:
     """Logits processor that keeps the probability, at temperature 1, of each generated token.
 
@@ -225,7 +244,7 @@ def generate(model, processor, batch, max_new_tokens, temperature=0.0):
     Vision tokens are suppressed: a model that emits `<|image_pad|>` cannot be scored afterwards.
     """
     tokenizer, recorder = processor.tokenizer, CharProbs()
-    batch = {key: value.to(model.device) for key, value in batch.items()}
+    batch = to_device(batch, model)
     # NOTE: a checkpoint's generation_config may hold top_k, top_p and a penalty, as Qwen's do
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     if temperature == 0:
@@ -271,10 +290,6 @@ def prompt_positions(model, prompt):
     return positions, positions.view(-1, *attention.shape).amax((0, 2)) + 1
 
 
-def to_device(prompt, model):
-    return {key: value.to(model.device) for key, value in prompt.items()}
-
-
 def take_prompts(prompt, rows):
     """The inputs of some of B prompts. Patches of all images lie in one tensor, image by image."""
     taken = {key: value[rows] for key, value in prompt.items() if key != "pixel_values"}
@@ -297,6 +312,7 @@ def sample_group(model, processor, prompt, group, max_new_tokens, temperature=1.
     as it is, as completion_logps has it.
     """
     prompt, tokenizer = to_device(prompt, model), processor.tokenizer
+    vision = vision_tokens(model)
     was_training = model.training
     model.eval()  # NOTE: under gradient checkpointing, a model in training keeps no cache
     positions, following = prompt_positions(model, prompt)
@@ -312,7 +328,7 @@ def sample_group(model, processor, prompt, group, max_new_tokens, temperature=1.
         for step in range(max_new_tokens):
             logits = model.lm_head(hidden).float() / temperature  # (B*G, V)
             logp = logits.log_softmax(-1)
-            logits[:, vision_tokens(model)] = -math.inf
+            logits[:, vision] = -math.inf
             # argmax(logits + Gumbel noise) draws from softmax(logits), at a fraction of the cost
             noise = torch.empty_like(logits).exponential_().log_()
             token = (logits - noise).argmax(1, keepdim=True)  # (B*G, 1)
@@ -428,6 +444,20 @@ def add_lora(model, rank=64, alpha=128, dropout=0.05, names=None):
     for name in merger_names(model):
         model.get_submodule(name).float().requires_grad_(True)
     return model
+
+
+def make_trainable(model, args, dropout):
+    """Put the model in training, with LoRA or (lora_rank 0) as a whole: the parameters that train,
+    alike on all processes. args: lora_rank, lora_alpha, gradient_checkpointing."""
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, args.lora_alpha, dropout)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained if dist.is_initialized() else ():  # LoRA's A is random: take rank 0's
+        dist.broadcast(parameter.data, 0)
+    return trained
 
 
 def merger_names(model):

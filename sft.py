@@ -25,7 +25,6 @@ import argparse
 import json
 import math
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import sampler
-from eval import validate
+from eval import print_gain, validate_both
 from sampler import InputError
 
 # (the recipe for an 8 B model, the demo): a small model wants a larger learning rate, has no use
@@ -125,10 +124,7 @@ def reduce_gradients(parameters, totals):
     """Sum gradients and totals (3,) over all processes, then divide by the answer tokens."""
     if dist.is_initialized():
         dist.all_reduce(totals)
-        for parameter in parameters:
-            if parameter.grad is None:  # this process drew no batch that uses it
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+    sampler.sum_gradients(parameters)
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad /= totals[1]
@@ -147,44 +143,19 @@ def cosine(step, steps, warmup):
 
 def main(args):
     # 1. Processes, folder, model.
-    folder = Path(args.log_dir) / args.version_name
-    if Path(args.model_path).resolve() == folder.resolve():  # an adapter would be its own base
-        raise InputError(f"--model_path {folder} would be overwritten: give a new --version_name")
-    rank, world, _ = sampler.start_processes(args)
+    rank, world, _, folder = sampler.start_run(args)
     on_gpu = args.device.startswith("cuda")
     say = print if rank == 0 else lambda *_: None
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
-        if args.option == "demo":  # before the others look for it
-            data.load_samples(args.option, args.data_root)
-    if world > 1:
-        dist.barrier()
-    samples = data.load_samples(args.option, args.data_root, args.split)
-    trainable = [sample for sample in samples if sample.mask.any()]
-    if len(trainable) < len(samples):
-        say(f"left out: {len(samples) - len(trainable)} refs whose mask is empty")
-    val = data.load_samples(args.option, args.data_root, "val") if args.val_limit else []
+    trainable, val = data.load_for_training(args, rank)
     # full fine-tuning keeps float32 weights, as updates of 1e-5 vanish in bfloat16
     dtype = torch.bfloat16 if on_gpu and args.lora_rank else torch.float32
     model, processor = sampler.load_policy(args.model_path, args.device, dtype)
-    say(f"model: {args.model_path}, {len(samples)} refs of {args.option}/{args.split}")
-    measure = lambda: [
-        validate(model, processor, val, think, args.val_batch_size, args.val_limit)
-        for think in (False, True)
-    ]
-    before = measure() if val else None
+    say(f"model: {args.model_path}, {len(trainable)} refs of {args.option}/{args.split}")
+    before = validate_both(model, processor, val, args)
 
     # 2. What is trained.
     torch.manual_seed(args.seed + rank)
-    if args.lora_rank:
-        sampler.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained if world > 1 else ():  # LoRA's A is random: take rank 0's
-        dist.broadcast(parameter.data, 0)
+    trained = sampler.make_trainable(model, args, args.lora_dropout)
     steps = args.max_step or math.ceil(
         args.epochs * len(trainable) / (args.batch_size * world * args.accumulate)
     )
@@ -240,11 +211,9 @@ def main(args):
                 sampler.save_trained(model, processor, args, folder)
 
     # 4. What it brought.
-    for name, old, new in zip(("no think", "think"), before, measure()) if val else ():
-        say(
-            f"val, {name:<8}: box IoU {old['box_iou']:.3f} -> {new['box_iou']:.3f}, "
-            f"point accuracy {old['point_acc']:.3f} -> {new['point_acc']:.3f}"
-        )
+    after = validate_both(model, processor, val, args)
+    if rank == 0:
+        print_gain(before, after)
     say(f"written: {folder}. Next: python eval.py --eval_model_path {folder}")
     if world > 1:
         dist.barrier()
