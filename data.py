@@ -634,6 +634,14 @@ class Order:
 # ------------------------------------------------------------------------- batches
 
 
+def _chats(processor, prompts):
+    chats = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+        for prompt in prompts
+    ]
+    return processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+
+
 def collate(processor, images, prompts, answers=None):
     """Images (B), prompt texts (B) and, for training, answer texts (B) -> model inputs.
 
@@ -641,11 +649,7 @@ def collate(processor, images, prompts, answers=None):
     `labels` is -100 everywhere but on the answer's tokens and its end-of-sequence token. The answer
     is tokenised on its own, behind the very prompt tokens that generation would start from.
     """
-    chats = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-        for prompt in prompts
-    ]
-    texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    texts = _chats(processor, prompts)
     batch = processor(
         images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"
     )
@@ -668,6 +672,28 @@ def collate(processor, images, prompts, answers=None):
     if "mm_token_type_ids" in batch:  # Qwen-VL models: 1 on image tokens; answers hold none
         batch["mm_token_type_ids"] = (batch["input_ids"] == processor.image_token_id).int()
     return dict(batch)
+
+
+def collate_text(processor, prompts):
+    """What follows the image in prompts (B): input_ids and attention_mask, left-padded (B, Q)."""
+    texts = [chat.partition(processor.image_token)[2] for chat in _chats(processor, prompts)]
+    return dict(
+        processor.tokenizer(
+            texts,
+            add_special_tokens=False,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+    )
+
+
+def collate_images(processor, images):
+    """What comes before: prompts up to the end of their images (U), as `collate` has it. Behind it,
+    collate_text's tokens make it whole, so that one image serves several prompts."""
+    batch = collate(processor, images, [""] * len(images))
+    shape, behind = batch["input_ids"].shape, collate_text(processor, [""])["input_ids"].shape[1]
+    return {k: v[:, :-behind] if v.shape == shape else v for k, v in batch.items()}
 
 
 # ------------------------------------------------------------------------- check of a data set

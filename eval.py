@@ -152,14 +152,24 @@ def place_points(box_px, width, height, args, rng):
     return sampler.random_points(box_px, len(points), rng) if args.points == "random" else points
 
 
-def ask_boxes(model, processor, images, phrases, args):
-    """Stage I: images and phrases (B) -> [(text, boxes (N, 4) in pixels; (0, 4) if unreadable)]."""
+def open_images(samples):
+    """Their images; samples of one image get one object, by which `predict` knows them."""
+    first = {(sample.image_path, sample.size): sample for sample in samples}
+    images = {key: sample.image() for key, sample in first.items()}
+    return [images[sample.image_path, sample.size] for sample in samples]
+
+
+def ask_boxes(model, processor, seen, images, phrases, args):
+    """Stage I: images and phrases (B) -> [(text, boxes (N, 4) in pixels; (0, 4) if unreadable)].
+
+    seen: (what the model has read of the images, the row of each prompt's).
+    """
     frames = [sampler.answer_frame(model, processor, *image.size) for image in images]
     prompts = [
         data.box_prompt(phrase, frame, args.use_think) for phrase, frame in zip(phrases, frames)
     ]
-    batch = data.collate(processor, images, prompts)
-    answers = sampler.generate(model, processor, batch, args.max_new_tokens, args.temperature)
+    context = sampler.read_on(model, *seen, data.collate_text(processor, prompts))
+    answers = sampler.generate(model, processor, context, args.max_new_tokens, args.temperature)
     found = []
     for (text, _), image, frame in zip(answers, images, frames):
         boxes = np.reshape(data.parse_boxes(text) or [], (-1, 4))
@@ -169,16 +179,16 @@ def ask_boxes(model, processor, images, phrases, args):
     return found
 
 
-def ask_labels(model, processor, images, phrases, points, args):
+def ask_labels(model, processor, seen, images, phrases, points, args):
     """Stage II: and points (B of (N, 2) in pixels) -> [(text, labels or None, confidence)]."""
     frames = [sampler.answer_frame(model, processor, *image.size) for image in images]
     prompts = [
         data.point_prompt(phrase, data.rescale(p, image.size, frame), frame, args.use_think)
         for phrase, p, image, frame in zip(phrases, points, images, frames)
     ]
-    batch = data.collate(processor, images, prompts)
+    context = sampler.read_on(model, *seen, data.collate_text(processor, prompts))
     room = max(args.max_new_tokens, 2 * max(map(len, points)) + 32)  # a label and a comma each
-    answers = sampler.generate(model, processor, batch, room, args.temperature)
+    answers = sampler.generate(model, processor, context, room, args.temperature)
     judged = []
     for (text, char_probs), p in zip(answers, points):
         where, labels, confidence = data.label_positions(text), None, []
@@ -192,15 +202,20 @@ def ask_labels(model, processor, images, phrases, points, args):
 def predict(model, processor, images, phrases, truths, args):
     """Stages I and II for a batch of images and phrases (B) -> rows with boxes, points, labels.
 
-    `truths`: masks (B), looked at with --oracle only. Random points are drawn by phrase, so that
+    An image that occurs several times is read once, and is the same object. `truths`: masks (B),
+    looked at with --oracle only. Random points are drawn by phrase, so that
     they do not depend on batches, processes or resuming.
     """
+    if model is not None:
+        distinct = {id(image): image for image in images}  # each is read once, for both stages
+        seen = sampler.read(model, data.collate_images(processor, list(distinct.values())))
+        which = [list(distinct).index(id(image)) for image in images]
     nothing = {"answer_box": None, "answer_points": None, "labels": None, "confidence": []}
     rows = [dict(nothing) for _ in images]
     if args.oracle:
         boxes = [data.mask_to_box(truth)[None][: int(truth.any())] for truth in truths]
     else:
-        answers, boxes = zip(*ask_boxes(model, processor, images, phrases, args))
+        answers, boxes = zip(*ask_boxes(model, processor, (seen, which), images, phrases, args))
         for row, text in zip(rows, answers):
             row["answer_box"] = text
     for row, found, image, phrase in zip(rows, boxes, images, phrases):
@@ -217,7 +232,8 @@ def predict(model, processor, images, phrases, truths, args):
     if asked:
         pick = lambda values: [values[i] for i in asked]
         points = [rows[i]["points_px"] for i in asked]
-        answers = ask_labels(model, processor, pick(images), pick(phrases), points, args)
+        seen = (seen, pick(which))
+        answers = ask_labels(model, processor, seen, pick(images), pick(phrases), points, args)
         for i, (text, labels, confidence) in zip(asked, answers):
             rows[i].update(answer_points=text, labels=labels, confidence=confidence)
     return rows
@@ -284,7 +300,7 @@ def evaluate(model, processor, segmenter, batch, args):
     With --best_of n every phrase is answered n times; its image and truth are read once.
     """
     n, asked = args.best_of, args.points != "none"
-    images, truths = [s.image() for s, _ in batch], [s.mask for s, _ in batch]
+    images, truths = open_images([s for s, _ in batch]), [s.mask for s, _ in batch]
     repeat = lambda values: [value for value in values for _ in range(n)]
     phrases = repeat(sample.phrases[i] for sample, i in batch)
     rows = predict(model, processor, repeat(images), phrases, repeat(truths), args)
@@ -313,7 +329,7 @@ def validate(model, processor, samples, use_think=False, batch_size=64, limit=20
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
         truths, phrases = [s.mask for s in batch], [s.phrases[0] for s in batch]
-        images = [s.image() for s in batch]
+        images = open_images(batch)
         rows = predict(model, processor, images, phrases, truths, args)
         for row, truth in zip(rows, truths):
             points = point_score(row["labels"], row["points_px"], truth)

@@ -44,7 +44,7 @@ import sampler
 from sampler import InputError
 
 MOST_TOKENS = 2**18  # of one request, in all its rows
-MOST_PAIRS = 2**29  # entries of its attention masks, (B, T, T)
+MOST_PAIRS = 2**29  # of tokens that attention compares
 PROMPT = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}
 ANSWERS = ("completions", "mask", "temperature")
 REQUEST = PROMPT | set(ANSWERS)
@@ -215,8 +215,9 @@ def check_request(tensors, model):
         check(((tensors[name] == 0) | (tensors[name] == 1)).all(), f"{name}: expected 0 and 1")
     (batch, start), (rows, length) = ids.shape, completions.shape
     check(rows % batch == 0, f"{rows} completions for {batch} prompts: expected a multiple")
-    width = start + rows // batch * length  # T
-    small = batch * width <= MOST_TOKENS and batch * width**2 <= MOST_PAIRS
+    tokens = batch * start + rows * length
+    pairs = batch * start**2 + rows * length * (start + length)
+    small = tokens <= MOST_TOKENS and pairs <= MOST_PAIRS
     check(small, f"{rows} completions of {length} tokens behind {start}: too many for one request")
     size = model.get_input_embeddings().num_embeddings
     for name in ("input_ids", "completions"):

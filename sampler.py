@@ -6,11 +6,12 @@
        K = clip(floor(alpha * side / image_side), K_min, K_max),  alpha = 16, K_max = 6
 
    Points whose label the model itself doubts (p < 0.9) are dropped.
-2. **Policy.** Any multimodal language model that transformers loads; LoRA; batched generation that
-   also gives the probability of every character, so that doubt costs no second forward pass.
-3. **Groups.** For GRPO: G completions of one prompt, sampled from one shared prefill, and the
-   log-probs of G completions behind one shared prompt, in one row.
-4. **SAM.** Frozen. Box + positive points + negative points -> mask. Its image encoder is the slow
+2. **Policy.** Any multimodal language model that transformers loads; LoRA.
+3. **Reading and answering.** An image is read once, however many phrases and questions follow; the
+   probability of every character comes with the answer, so that doubt costs no second forward pass.
+4. **Groups.** For GRPO: G completions of one prompt and their log-probs, all in the prompt's row, so
+   that prompt and image are computed, and kept, once.
+5. **SAM.** Frozen. Box + positive points + negative points -> mask. Its image encoder is the slow
    part and runs once per image, however many prompts follow.
 
 Departures from the paper (ReSaP): K_min is 3 where the paper has 1, because one point in a small
@@ -18,24 +19,32 @@ box tells SAM nothing that the box has not, and SAM returns its single-mask outp
 one of three that it scores best. `eval.py --paper` goes back; the README has the figures.
 """
 
+import copy
 import json
 import math
 import os
 import re
 import shutil
 from collections import OrderedDict
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
+# NOTE: what a token must not see gets a finite number that every type can hold: padding sees
+# nothing, and a softmax over -inf alone is nan
+UNSEEN = -1e9
+SLICE = 2**27  # logits that are in memory at a time, in float32
 TINY_VLM, TINY_SAM = ASSETS / "tiny_vlm", ASSETS / "tiny_sam" / "model.safetensors"
 
 
@@ -216,67 +225,39 @@ def to_device(inputs, model):
     return {key: value.to(model.device) for key, value in inputs.items()}
 
 
-class CharProbs:
-    """Logits processor that keeps the probability, at temperature 1, of each generated token.
-
-    One step late, as the choice is made after the processors: no (steps, B, V) of scores is kept.
-    """
-
-    def __init__(self):
-        self.logp, self.chosen = None, []
-
-    def __call__(self, input_ids, scores):
-        if self.logp is not None:
-            self.chosen.append(self.logp.gather(1, input_ids[:, -1:]))
-        self.logp = scores.float().log_softmax(-1)  # (B, V)
-        return scores
-
-    def probs(self, last_ids):
-        """(B, C): probability of every token, given the ids (B, 1) of the last one."""
-        return torch.cat([*self.chosen, self.logp.gather(1, last_ids)], dim=1).exp()
+# ------------------------------------------------------------------------- reading and answering
 
 
-@torch.inference_mode()
-def generate(model, processor, batch, max_new_tokens, temperature=0.0):
-    """Answers to a left-padded batch (see data.collate): list of (text, char_probs (len(text),)).
+class Context(NamedTuple):
+    """What a model has read of B prompts, padded on the left."""
 
-    char_probs: the probability of the token that each character came from. Temperature 0 is greedy.
-    Vision tokens are suppressed: a model that emits `<|image_pad|>` cannot be scored afterwards.
-    """
-    tokenizer, recorder = processor.tokenizer, CharProbs()
-    batch = to_device(batch, model)
-    # NOTE: a checkpoint's generation_config may hold top_k, top_p and a penalty, as Qwen's do
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
-    if temperature == 0:
-        sampling = {"do_sample": False, "temperature": 1.0, "top_k": 50}  # unused; any other warns
-    with mixed_precision(model):
-        sequences = model.generate(
-            **batch,
-            **sampling,
-            max_new_tokens=max_new_tokens,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            num_beams=1,
-            suppress_tokens=vision_tokens(model) or None,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            logits_processor=[recorder],
-        )
-    probs = recorder.probs(sequences[:, -1:]).cpu().numpy()  # (B, C)
-    answers = []
-    for row, row_probs in zip(sequences[:, batch["input_ids"].shape[1] :].tolist(), probs):
-        end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-        text = tokenizer.decode(row[:end])
-        lengths = [len(piece) for piece in tokenizer.batch_decode([[token] for token in row[:end]])]
-        if sum(lengths) != len(text):  # a character made of several tokens: count what each adds
-            lengths = np.diff([len(tokenizer.decode(row[:i])) for i in range(end + 1)]).clip(0)
-        answers.append((text, np.repeat(row_probs[:end], lengths)[: len(text)]))
-    return answers
+    cache: object  # keys and values of every layer, (B, heads, P, head_dim)
+    seen: torch.Tensor  # bool (B, P), False on padding
+    following: torch.Tensor  # (B,), position of the next token
+    hidden: torch.Tensor  # (B, D), hidden state of the last token
 
 
-# ------------------------------------------------------------------------- groups
-# B prompts, left-padded to P; G completions of each, right-padded to C; rows b*G … b*G + G - 1
-# belong to prompt b. A group of one prompt is the case B = 1.
+@contextmanager
+def inference(model):
+    """No gradients, no dropout, and LoRA merged for the while: a layer of one product, not of three
+    and the steps between them, which take longer than they compute in a decoding step."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    was_training = model.training
+    model.eval()  # NOTE: under gradient checkpointing, a model in training keeps no cache
+    try:
+        with torch.inference_mode(), mixed_precision(model):
+            for layer in layers:
+                layer.merged = merged_weight(layer)
+            yield
+    finally:
+        for layer in layers:
+            layer.merged = None
+        model.train(was_training)
+
+
+def text_positions(model, positions):
+    """Rotary positions (B, L) of text in the model's own form: M-RoPE has three axes, (3, B, L)."""
+    return positions.expand(3, -1, -1) if hasattr(model.model, "get_rope_index") else positions
 
 
 def prompt_positions(model, prompt):
@@ -290,6 +271,126 @@ def prompt_positions(model, prompt):
     return positions, positions.view(-1, *attention.shape).amax((0, 2)) + 1
 
 
+def read(model, prompt):
+    """Read B prompts, or what they start with (data.collate, data.collate_images): a Context."""
+    prompt = to_device(prompt, model)
+    with inference(model):
+        positions, following = prompt_positions(model, prompt)
+        out = model.model(**prompt, position_ids=positions, use_cache=True)
+        seen, hidden = prompt["attention_mask"].bool(), out.last_hidden_state[:, -1]
+    return Context(out.past_key_values, seen, following, hidden)
+
+
+def read_on(model, context, rows, text):
+    """Read a text (data.collate_text, B rows) behind some rows (B,) of a context, which stays as it
+    is: several phrases can follow one image, and two questions one phrase."""
+    text = to_device(text, model)
+    rows = torch.tensor(rows, device=model.device)
+    cache = copy.copy(context.cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    with inference(model):
+        cache.batch_select_indices(rows)
+        places = text["attention_mask"].cumsum(1)  # (B, Q), from 1
+        following = context.following[rows]
+        seen = torch.cat([context.seen[rows], text["attention_mask"].bool()], 1)  # (B, P + Q)
+        hidden = model.model(
+            input_ids=text["input_ids"],
+            attention_mask=seen.long(),
+            position_ids=text_positions(model, following[:, None] + (places - 1).clamp(min=0)),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+    return Context(cache, seen, following + places[:, -1], hidden)
+
+
+def choose(logits, temperature, never):
+    """A token (N, 1) each from logits (N, V), and its log-probability at the temperature.
+
+    Ids in `never` are not chosen, though the log-probability is that of the model as it is.
+    """
+    logits = logits.float() / (temperature or 1)
+    logp = logits.log_softmax(-1)
+    logits[:, never] = -math.inf
+    if temperature:
+        # argmax(logits + Gumbel noise) draws from softmax(logits), in fewer passes
+        logits -= torch.empty_like(logits).exponential_().log_()
+    token = logits.argmax(1, keepdim=True)
+    return token, logp.gather(1, token)
+
+
+def decode(model, processor, context, group, max_new_tokens, temperature):
+    """`group` completions of each of B prompts: (ids, mask, logp), each (B*G, C), as sample_group
+    has it, but as inference tensors. Temperature 0 is greedy. The context is used up.
+
+    A step feeds G tokens to each prompt's row: each sees the prompt and its own completion. So the
+    keys and values of a prompt are kept and read once, not G times. Finished completions leave.
+    """
+    cache, seen, following, hidden = context
+    tokenizer, batch = processor.tokenizer, len(seen)
+    vision = torch.tensor(vision_tokens(model), dtype=torch.long, device=seen.device)
+    with inference(model):
+        hidden = hidden.repeat_interleave(group, 0)  # (B*G, D)
+        places = torch.arange(batch * group, device=seen.device).view(batch, group)  # rows of ids
+        ids = places.new_full((batch * group, max_new_tokens), tokenizer.pad_token_id)
+        mask, logp = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(ids.shape).to(ids.device)
+        alive = torch.ones_like(places, dtype=torch.bool)  # (B, G)
+        bias = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
+        bias = bias.masked_fill(~seen, UNSEEN)[:, None, None].repeat(1, 1, group, 1)  # (B, 1, G, P)
+        for step in range(max_new_tokens):
+            drawn = choose(model.lm_head(hidden), temperature, vision)
+            token, token_logp = (x.view(alive.shape) for x in drawn)  # (B, G)
+            ids[places, step] = token.masked_fill(~alive, tokenizer.pad_token_id)
+            mask[places, step] = alive
+            logp[places, step] = token_logp.masked_fill(~alive, 0.0)
+            alive = alive & (token != tokenizer.eos_token_id)
+            widest = int(alive.sum(1).max())
+            if not widest or step + 1 == max_new_tokens:
+                break
+            rows = alive.any(1).nonzero()[:, 0]
+            if len(rows) * widest <= 0.75 * alive.numel():  # worth the copy
+                order = torch.argsort(alive[rows].int(), stable=True, descending=True, dim=1)
+                order = order[:, :widest]  # those that go on first
+                places, token, alive = (x[rows].gather(1, order) for x in (places, token, alive))
+                order = order[:, None, :, None].expand(-1, -1, -1, bias.shape[-1])
+                bias, following = bias[rows].gather(2, order), following[rows]
+                cache.batch_select_indices(rows)
+            own = bias.new_full((len(token), 1, token.shape[1], token.shape[1]), UNSEEN)
+            own.diagonal(dim1=2, dim2=3).zero_()
+            bias = torch.cat([bias, own], -1)  # (B, 1, G, P + G * steps)
+            position = (following + step)[:, None].expand_as(token)
+            hidden = model.model(
+                input_ids=token,
+                attention_mask=bias,
+                position_ids=text_positions(model, position),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state.flatten(0, 1)
+    return ids[:, : step + 1], mask[:, : step + 1], logp[:, : step + 1]
+
+
+def generate(model, processor, context, max_new_tokens, temperature=0.0):
+    """Answers to B prompts that were read: list of (text, char_probs (len(text),)).
+
+    char_probs: the probability of the token that each character came from, at the temperature (at
+    1 for 0, which is greedy). So a label's confidence needs no second forward pass.
+    """
+    tokenizer, answers = processor.tokenizer, []
+    ids, mask, logp = decode(model, processor, context, 1, max_new_tokens, temperature)
+    for row, kept, row_logp in zip(ids.tolist(), mask.sum(1).tolist(), logp.cpu().numpy()):
+        end = kept - (row[kept - 1] == tokenizer.eos_token_id)
+        text = tokenizer.decode(row[:end])
+        lengths = [len(piece) for piece in tokenizer.batch_decode([[token] for token in row[:end]])]
+        if sum(lengths) != len(text):  # a character made of several tokens: count what each adds
+            lengths = np.diff([len(tokenizer.decode(row[:i])) for i in range(end + 1)]).clip(0)
+        answers.append((text, np.repeat(np.exp(row_logp[:end]), lengths)[: len(text)]))
+    return answers
+
+
+# ------------------------------------------------------------------------- groups
+# B prompts, left-padded to P; G completions of each, right-padded to C; rows b*G … b*G + G - 1
+# belong to prompt b. A group of one prompt is the case B = 1.
+
+
 def take_prompts(prompt, rows):
     """The inputs of some of B prompts. Patches of all images lie in one tensor, image by image."""
     taken = {key: value[rows] for key, value in prompt.items() if key != "pixel_values"}
@@ -299,7 +400,6 @@ def take_prompts(prompt, rows):
     return {**taken, "pixel_values": torch.cat([patches[row] for row in rows])}
 
 
-@torch.no_grad()
 def sample_group(model, processor, prompt, group, max_new_tokens, temperature=1.0):
     """Sample `group` completions of each prompt: (ids, mask, logp), each (B*G, C).
 
@@ -307,49 +407,67 @@ def sample_group(model, processor, prompt, group, max_new_tokens, temperature=1.
     it; a row without one was cut off at max_new_tokens. logp: log-probability under the model at
     this temperature of what was chosen, 0 behind the end.
 
-    Prompt and image are computed once, and their cache is repeated G times. Vision tokens are never
-    chosen (a completion that holds `<|image_pad|>` cannot be scored), but logp is that of the model
-    as it is, as completion_logps has it.
+    Prompt and image are computed once. Vision tokens are never chosen (a completion that holds
+    `<|image_pad|>` cannot be scored), but logp is that of the model as it is, as completion_logps
+    has it.
     """
-    prompt, tokenizer = to_device(prompt, model), processor.tokenizer
-    vision = vision_tokens(model)
-    was_training = model.training
-    model.eval()  # NOTE: under gradient checkpointing, a model in training keeps no cache
-    positions, following = prompt_positions(model, prompt)
-    following = following.repeat_interleave(group)[:, None]  # (B*G, 1)
-    seen = prompt["attention_mask"].repeat_interleave(group, 0)  # (B*G, P)
-    done = torch.zeros_like(following, dtype=torch.bool)
-    ids, masks, logps = [], [], []
-    with mixed_precision(model):
-        out = model.model(**prompt, position_ids=positions, use_cache=True)
-        cache = out.past_key_values
-        cache.batch_repeat_interleave(group)
-        hidden = out.last_hidden_state[:, -1].repeat_interleave(group, 0)  # (B*G, D)
-        for step in range(max_new_tokens):
-            logits = model.lm_head(hidden).float() / temperature  # (B*G, V)
-            logp = logits.log_softmax(-1)
-            logits[:, vision] = -math.inf
-            # argmax(logits + Gumbel noise) draws from softmax(logits), at a fraction of the cost
-            noise = torch.empty_like(logits).exponential_().log_()
-            token = (logits - noise).argmax(1, keepdim=True)  # (B*G, 1)
-            token = token.masked_fill(done, tokenizer.pad_token_id)
-            ids.append(token)
-            masks.append(~done)
-            logps.append(logp.gather(1, token).masked_fill(done, 0.0))
-            done = done | (token == tokenizer.eos_token_id)
-            if done.all() or step + 1 == max_new_tokens:
-                break
-            seen = torch.cat([seen, torch.ones_like(token)], 1)
-            position = (following + step).expand(*positions.shape[:-2], -1, -1)
-            hidden = model.model(
-                input_ids=token,
-                attention_mask=seen,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-    model.train(was_training)
-    return torch.cat(ids, 1), torch.cat(masks, 1), torch.cat(logps, 1)
+    sampled = decode(model, processor, read(model, prompt), group, max_new_tokens, temperature)
+    return tuple(tensor.clone() for tensor in sampled)  # a loss cannot use inference tensors
+
+
+def token_logps(head, hidden, tokens, temperature=1.0):
+    """log p of tokens (N,) behind hidden states (N, D), by the output layer `head`: float32 (N,).
+
+    A softmax over 150,000 words in float32 is 0.6 MB a token, and gradients keep it. So it is taken
+    slice by slice, and again for the gradients: one slice is in memory at a time.
+    """
+
+    def of_slice(hidden, tokens):
+        logits = head(hidden).float() / temperature  # (slice, V)
+        return -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+
+    size = max(1, SLICE // head.out_features)
+    if len(tokens) <= size:
+        return of_slice(hidden, tokens)
+    slices = zip(hidden.split(size), tokens.split(size))
+    return torch.cat([checkpoint(of_slice, *part, use_reentrant=False) for part in slices])
+
+
+def group_attention(module, query, key, value, attention_mask, group=None, **kwargs):
+    """Attention in rows [prompt, c_1, …, c_G], in two calls: the prompt's tokens see the prompt,
+    those of a completion the prompt and their own. One call would need a mask (T, T) and compute
+    all its pairs, most of them between completions that must not see one another.
+
+    query, key, value: (B, heads, T, head_dim), T = P + G*C; attention_mask: (B, 1, P + C, P + C),
+    of one row [prompt, c]; group: (G, P), and None anywhere but in completion_logps.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as attend
+
+    if group is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    size, start = group
+    shared = lambda x: x[:, :, :start]  # (B, heads, P, head_dim)
+    own = lambda x: x[:, :, start:].unflatten(2, (size, -1)).transpose(1, 2).flatten(0, 1)
+    seen = lambda x: torch.cat([shared(x).repeat_interleave(size, 0), own(x)], 2)
+    mask = shared(attention_mask)[..., :start]
+    first, _ = attend(module, shared(query), shared(key), shared(value), mask, **kwargs)
+    mask = attention_mask[:, :, start:].repeat_interleave(size, 0)  # (B*G, 1, C, P + C)
+    rest, _ = attend(module, own(query), seen(key), seen(value), mask, **kwargs)
+    rest = rest.unflatten(0, (-1, size)).flatten(1, 2)  # (B, G*C, heads, head_dim)
+    return torch.cat([first, rest], 1), None
+
+
+def use_group_attention(model):
+    """Tell the language model's layers to call group_attention. For good: with gradient
+    checkpointing they run again long after completion_logps has returned."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    language = getattr(model.model, "language_model", model.model)
+    if language.config._attn_implementation != "group":
+        AttentionInterface.register("group", group_attention)
+        AttentionMaskInterface.register("group", sdpa_mask)
+        language.set_attn_implementation("group")
 
 
 def completion_logps(model, prompt, completions, mask, temperature=1.0):
@@ -363,6 +481,7 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
     completion sees the prompt and itself, and its positions start where the prompt's end, so that
     the numbers are those of G rows [prompt, c_g].
     """
+    use_group_attention(model)
     prompt = to_device(prompt, model)
     completions, mask = completions.to(model.device), mask.to(model.device).bool()
     ids, attention = prompt.pop("input_ids"), prompt.pop("attention_mask")  # (B, P)
@@ -372,19 +491,13 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
         model, {**prompt, "input_ids": ids, "attention_mask": attention}
     )
     behind = (following[:, None] + torch.arange(length, device=ids.device)).repeat(1, group)
-    positions = torch.cat(
-        [positions, behind.expand(*positions.shape[:-2], -1, -1)], -1
-    )  # (…, B, T)
+    positions = torch.cat([positions, text_positions(model, behind)], -1)  # (…, B, T)
 
-    # who sees whom: the prompt (owner 0) and the own completion, up to oneself
-    owner = torch.arange(1, group + 1, device=ids.device).repeat_interleave(length)
-    owner = torch.cat([owner.new_zeros(start), owner])  # (T,)
-    sees = ((owner == 0) | (owner[:, None] == owner)).tril()  # (T, T)
-    exists = torch.nn.functional.pad(attention.bool(), (0, packed), value=True)  # (B, T)
-    sees = (sees & exists[:, None])[:, None]  # (B, 1, T, T)
-    # NOTE: a finite number that every type can hold: padding sees nothing, and a softmax over -inf
-    # alone is nan
-    bias = torch.zeros(sees.shape, dtype=model.dtype, device=ids.device).masked_fill(~sees, -1e9)
+    # whom a token of [prompt, c] sees: up to itself, and no padding
+    exists = torch.nn.functional.pad(attention.bool(), (0, length), value=True)  # (B, P + C)
+    sees = exists[:, None, None] & exists.new_ones(2 * exists.shape[1:]).tril()
+    bias = torch.zeros(sees.shape, dtype=model.dtype, device=ids.device)
+    bias = bias.masked_fill(~sees, UNSEEN)  # (B, 1, P + C, P + C)
 
     prompt = {  # mm_token_type_ids must cover the completions, as text
         key: torch.nn.functional.pad(value, (0, packed)) if value.shape == ids.shape else value
@@ -399,11 +512,11 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
             attention_mask=bias,
             position_ids=positions,
             use_cache=False,
+            group=(group, start),
             **prompt,
         ).last_hidden_state  # (B, T, D)
         hidden = hidden[:, before].reshape(rows, length, -1)[mask]  # (tokens that count, D)
-        logits = model.lm_head(hidden).float() / temperature  # (tokens that count, V)
-    counted = -torch.nn.functional.cross_entropy(logits, completions[mask], reduction="none")
+        counted = token_logps(model.lm_head, hidden, completions[mask], temperature)
     return torch.zeros(rows, length, device=ids.device).masked_scatter(mask, counted)
 
 
@@ -420,6 +533,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base_layer, rank, alpha, dropout):
         super().__init__()
         self.base_layer, self.scale = base_layer, alpha / rank
+        self.merged = None  # W + (alpha / r) B A, inside `inference`
         self.dropout = nn.Dropout(dropout)
         options = {"bias": False, "device": base_layer.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Linear(base_layer.in_features, rank, **options)
@@ -428,6 +542,8 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
+        if self.merged is not None:
+            return nn.functional.linear(x, self.merged, self.base_layer.bias)
         update = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))))
         return self.base_layer(x) + (self.scale * update).to(x.dtype)
 

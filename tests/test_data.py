@@ -497,3 +497,19 @@ def test_the_check_goes_on_after_a_damaged_jpeg_and_names_it(tmp_path, small_set
     printed = run("data.py --data_root set")
     assert "cannot decode image" in printed and "00002.jpg" in printed
     assert "0 bad records" not in printed and "written:" in printed
+
+
+def test_image_and_text_apart_hold_the_tokens_of_the_whole(tiny):
+    processor = tiny[1]
+    images = [Image.new("RGB", size) for size in ((128, 128), (100, 180))]
+    prompts = [data.box_prompt("a ship"), data.point_prompt("<|image_pad|> a house", [[1, 2]] * 9)]
+    whole = data.collate(processor, images, prompts)
+    first = data.collate_images(processor, images)
+    second = data.collate_text(processor, prompts)
+    assert first["pixel_values"].equal(whole["pixel_values"])
+    for key in ("input_ids", "mm_token_type_ids"):
+        for row, mask in enumerate(whole["attention_mask"].bool()):
+            image = first[key][row][first["attention_mask"][row].bool()]
+            text = second["input_ids"][row][second["attention_mask"][row].bool()]
+            text = text if key == "input_ids" else 0 * text
+            assert torch.cat([image, text]).tolist() == whole[key][row][mask].tolist()

@@ -256,3 +256,21 @@ def test_one_image_of_the_user(run, tmp_path):
 )
 def test_bad_input_ends_in_one_line_that_names_it(run, options, message):
     assert message in run(f"eval.py {options}", fails=True).strip().splitlines()[-1]
+
+
+def test_an_image_is_read_once_for_all_its_phrases_and_both_stages(tiny, small_set, monkeypatch):
+    model, processor = tiny
+    samples = data.load_samples("demo", small_set, "test")
+    todo = evaluation.share_out(samples, {}, 0, 1)
+    paths, read, patches = {s.image_path for s, _ in todo}, type(model.model), []
+    encode = read.get_image_features
+
+    def count(self, pixels, grid, **options):
+        patches.append(len(grid))
+        return encode(self, pixels, grid, **options)
+
+    monkeypatch.setattr(read, "get_image_features", count)
+    args = evaluation.get_args([])
+    lines = evaluation.evaluate(model, processor, sampler.Segmenter(), todo, args)
+    assert len(lines) == len(todo) > len(paths) and any(line["answer_points"] for line in lines)
+    assert patches == [len(paths)]

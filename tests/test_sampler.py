@@ -70,13 +70,24 @@ def ask(processor, think=False):
     return images, prompts
 
 
+def read_apart(model, processor, images, prompts):
+    """What eval.py does: images first, then every prompt behind its image."""
+    seen = sampler.read(model, data.collate_images(processor, images))
+    text = data.collate_text(processor, prompts)
+    return sampler.read_on(model, seen, range(len(prompts)), text)
+
+
+def answer(model, processor, images, prompts, length, temperature=0.0):
+    context = read_apart(model, processor, images, prompts)
+    return sampler.generate(model, processor, context, length, temperature)
+
+
 def test_a_batch_answers_like_each_prompt_alone(tiny):
     model, processor = tiny
     images, prompts = ask(processor)
-    together = sampler.generate(model, processor, data.collate(processor, images, prompts), 96)
+    together = answer(model, processor, images, prompts, 96)
     for i in range(3):
-        batch = data.collate(processor, images[i : i + 1], prompts[i : i + 1])
-        ((text, probs),) = sampler.generate(model, processor, batch, 96)
+        ((text, probs),) = answer(model, processor, images[i : i + 1], prompts[i : i + 1], 96)
         assert text == together[i][0]
         assert np.allclose(probs, together[i][1], atol=1e-4)
 
@@ -84,22 +95,18 @@ def test_a_batch_answers_like_each_prompt_alone(tiny):
 def test_label_probabilities_equal_a_second_forward_pass(tiny, monkeypatch):
     """On the very tokens that were generated: the text, tokenised again, may give others."""
     model, processor = tiny
-    batch = data.collate(processor, *ask(processor, think=True))
-    generated, original = [], model.generate
-    monkeypatch.setattr(
-        model, "generate", lambda **k: generated.append(original(**k)) or generated[0]
-    )
-    answers = sampler.generate(model, processor, batch, 40)
-    ids, start = generated[0], batch["input_ids"].shape[1]
-    added = torch.ones_like(ids[:, start:])
-    longer = {"input_ids": ids, "attention_mask": torch.cat([batch["attention_mask"], added], 1)}
+    images, prompts = ask(processor, think=True)
+    batch, decoded, decode = data.collate(processor, images, prompts), [], sampler.decode
+    monkeypatch.setattr(sampler, "decode", lambda *a: decoded.append(decode(*a)) or decoded[0])
+    answers = answer(model, processor, images, prompts, 40)
+    added, kept = decoded[0][0], decoded[0][1].long()
+    longer = {"input_ids": torch.cat([batch["input_ids"], added], 1)}
+    longer["attention_mask"] = torch.cat([batch["attention_mask"], kept], 1)
     longer["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], 0 * added], 1)
     with torch.no_grad():
-        logits = model(**{**batch, **longer}).logits[:, start - 1 : -1]
-    for name in ("image", "video", "vision_start", "vision_end"):  # suppressed in generation
-        logits[..., getattr(model.config, f"{name}_token_id")] = -torch.inf
-    again = logits.softmax(-1).gather(2, ids[:, start:, None])[..., 0]  # (B, C)
-    for (text, probs), row, expected in zip(answers, ids[:, start:].tolist(), again):
+        logits = model(**{**batch, **longer}).logits[:, batch["input_ids"].shape[1] - 1 : -1]
+    again = logits.softmax(-1).gather(2, added[..., None])[..., 0]  # (B, C)
+    for (text, probs), row, expected in zip(answers, added.tolist(), again):
         assert len(text) == len(probs) > 0
         stop = processor.tokenizer.eos_token_id
         row = row[: row.index(stop)] if stop in row else row
@@ -111,9 +118,8 @@ def test_label_probabilities_equal_a_second_forward_pass(tiny, monkeypatch):
 def test_a_random_policy_never_emits_a_vision_token(tiny):
     model, processor = tiny
     images, prompts = ask(processor)
-    batch = data.collate(processor, images * 24, prompts * 24)
     torch.manual_seed(0)
-    hot = sampler.generate(model, processor, batch, 60, temperature=1000.0)  # all but uniform
+    hot = answer(model, processor, images * 24, prompts * 24, 60, 1000.0)  # all but uniform
     texts = "".join(text for text, _ in hot)
     assert "<|im_start|>" in texts  # other special tokens do come up
     assert not any(
@@ -325,6 +331,100 @@ def test_sampling_gives_the_log_probs_that_scoring_gives(kind, tiny):
     assert (logp - scored).abs().max() < 1e-4 and (logp[mask] < 0).any()
 
 
+@pytest.mark.parametrize("kind", ["tiny", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+def test_a_prompt_read_in_two_parts_is_the_prompt(kind, tiny):
+    """Two prompts behind one image, another behind an image of another size, in another order."""
+    model, processor = tiny if kind == "tiny" else small_qwen(kind, tiny[1].tokenizer)
+    rng = np.random.default_rng(1)
+    sizes = [(128, 128), (160, 64)]
+    images = [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
+    prompts, rows = (
+        [data.box_prompt(p) for p in ("a ship", "the one left of it", "a house")],
+        [1, 0, 1],
+    )
+    whole = data.collate(processor, [images[row] for row in rows], prompts)
+    seen = sampler.read(model, data.collate_images(processor, images))
+    apart = sampler.read_on(model, seen, rows, data.collate_text(processor, prompts))
+    together = sampler.read(model, whole)
+    assert torch.allclose(apart.hidden, together.hidden, atol=1e-4)
+    assert (apart.following == together.following).all()
+    ids, *_ = sampler.decode(model, processor, apart, 1, 12, 0.0)
+    eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
+    options = {"suppress_tokens": sampler.vision_tokens(model), "eos_token_id": eos}
+    expected = model.generate(
+        **whole, do_sample=False, max_new_tokens=12, pad_token_id=pad, **options
+    )[:, whole["input_ids"].shape[1] :]
+    assert ids.tolist() == expected.tolist()
+    assert seen.seen.shape[1] == seen.cache.get_seq_length()  # the images can be read on again
+
+
+def test_finished_completions_leave_the_batch(tiny, monkeypatch):
+    """What is left is what it would have been: the log-probs are those of scoring."""
+    model, processor = tiny
+    prompt, fed, forward = unlike_prompts(processor), [], type(model.model).forward
+
+    def count(self, *args, **inputs):
+        fed.append(inputs["input_ids"].numel())
+        return forward(self, *args, **inputs)
+
+    monkeypatch.setattr(type(model.model), "forward", count)
+    torch.manual_seed(0)
+    ids, mask, logp = sampler.sample_group(model, processor, prompt, 6, 60, 1.2)
+    expected = [18]
+    for alive in mask.view(3, 6, -1).unbind(2)[1:]:  # (B, G) at every step but the first
+        needed = int(alive.any(1).sum() * alive.sum(1).max())
+        expected.append(needed if needed <= 0.75 * expected[-1] else expected[-1])
+    assert fed[1:] == expected[1:] and fed[-1] < 18
+    with torch.no_grad():
+        scored = sampler.completion_logps(model, prompt, ids, mask, 1.2)
+    assert (logp - scored).abs().max() < 1e-4
+
+
+def test_lora_is_merged_while_sampling_and_only_then(tiny):
+    model, processor = sampler.load_policy()
+    sampler.add_lora(model, rank=4, alpha=8, dropout=0.5)
+    layers = [module for module in model.modules() if isinstance(module, sampler.LoRALinear)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.05)
+    prompt = unlike_prompts(processor)
+    torch.manual_seed(0)
+    ids, mask, logp = sampler.sample_group(model.train(), processor, prompt, 4, 16, 0.9)
+    assert model.training and all(layer.merged is None for layer in layers)
+    with torch.no_grad():
+        scored = sampler.completion_logps(model.eval(), prompt, ids, mask, 0.9)
+        base = sampler.completion_logps(tiny[0], prompt, ids, mask, 0.9)
+    assert (scored - logp).abs().max() < 1e-4 < 0.1 < (scored - base).abs().max()
+
+
+def test_log_probs_taken_in_slices_are_the_same(monkeypatch):
+    """And no more logits than a slice are ever there at once, also for the gradients."""
+    torch.manual_seed(0)
+    head, tokens = torch.nn.Linear(8, 50), torch.randint(0, 50, (23,))
+    hidden, rows = torch.randn(23, 8, requires_grad=True), []
+    head.register_forward_hook(lambda module, inputs, logits: rows.append(len(logits)))
+    results = []
+    for size in (2**27, 50 * 5 + 20):
+        monkeypatch.setattr(sampler, "SLICE", size)
+        head.zero_grad(), setattr(hidden, "grad", None)
+        logp = sampler.token_logps(head, hidden, tokens, 0.7)
+        (logp * torch.arange(23)).sum().backward()
+        results.append((logp, head.weight.grad.clone(), hidden.grad.clone()))
+    assert rows == [23] + [5, 5, 5, 5, 3] + [3, 5, 5, 5, 5]
+    for whole, sliced in zip(*results):
+        assert torch.allclose(whole, sliced, rtol=1e-4, atol=1e-5)
+    expected = (head(hidden) / 0.7).log_softmax(-1)[torch.arange(23), tokens]
+    assert torch.allclose(results[1][0], expected, atol=1e-6)
+
+
+def test_a_model_that_was_scored_is_saved_as_any_other(tmp_path):
+    """NOTE: its layers call group_attention, which other programs do not have."""
+    model, processor = sampler.load_policy()
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    sampler.completion_logps(model, unlike_prompts(processor), mask.long(), mask)
+    sampler.save_policy(model, processor, tmp_path)
+    assert "attn" not in (tmp_path / "config.json").read_text()
+
+
 def test_the_end_of_sequence_counts_and_what_follows_does_not(tiny):
     model, processor = tiny
     end = processor.tokenizer.eos_token_id
@@ -362,15 +462,12 @@ def test_vision_tokens_are_never_sampled(tiny):
     assert not torch.isin(ids, torch.tensor(vision)).any()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_in_bfloat16_a_fresh_policy_is_its_reference_to_the_bit(attention):
+def test_in_bfloat16_a_fresh_policy_is_its_reference_to_the_bit():
     """The policy's LoRA and mergers are float32, the reference is bfloat16 throughout. The padding
     of unlike prompts sees nothing, and must not become nan."""
     reference, processor = sampler.load_policy(dtype=torch.bfloat16)
     policy, _ = sampler.load_policy(dtype=torch.bfloat16)
     sampler.add_lora(policy, rank=4, alpha=8, dropout=0.0)
-    for model in (reference, policy):
-        model.set_attn_implementation(attention)
     prompt = unlike_prompts(processor)
     assert (prompt["attention_mask"] == 0).any()
     ids, mask, logp = sampler.sample_group(policy, processor, prompt, 4, 16, 0.9)
