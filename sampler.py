@@ -9,7 +9,7 @@
 2. **Policy.** Any multimodal language model that transformers loads; LoRA.
 3. **Reading and answering.** An image is read once, however many phrases and questions follow; the
    probability of every character comes with the answer, so that doubt costs no second forward pass.
-4. **Groups.** For GRPO: G completions of one prompt and their log-probs, all in the prompt's row, so
+4. **Groups.** For GRPO: G completions of a prompt and their log-probs, all in the prompt's row, so
    that prompt and image are computed, and kept, once.
 5. **SAM.** Frozen. Box + positive points + negative points -> mask. Its image encoder is the slow
    part and runs once per image, however many prompts follow.
