@@ -339,9 +339,11 @@ def main(args):
     # 2. The reference starts while the policy loads. One on every machine, for its own ranks.
     # full fine-tuning keeps float32 weights, as updates of 1e-6 vanish in bfloat16
     dtype = "bfloat16" if on_gpu and args.lora_rank else "float32"
-    child = None
+    child, threads = None, torch.get_num_threads()
+    half = max(1, threads // 2)  # with all cores each, the two would wait for one another
     if args.beta and not args.ref_url and local_rank == 0:
-        child = ref_server.start_child(args.model_path, args.ref_device or args.device, dtype)
+        device = args.ref_device or args.device
+        child = ref_server.start_child(args.model_path, device, dtype, half)
     model, processor = sampler.load_policy(args.model_path, args.device, getattr(torch, dtype))
     say(f"model: {args.model_path}, {len(trainable)} refs of {args.option}/{args.split}")
     urls = reference_urls(args, child, rank, local_rank, world)
@@ -400,7 +402,9 @@ def main(args):
         for inner in range(args.mu if totals[0] else 0):
             for i, ((prompt, ids, mask, adv, behaviour), job) in enumerate(batches):
                 clock = time.time()
+                torch.set_num_threads(half if child and inner == 0 else threads)
                 logp = sampler.completion_logps(model, prompt, ids, mask, args.temperature)
+                torch.set_num_threads(threads)
                 sums["scoring"] += time.time() - clock
                 if inner == 0:
                     clock = time.time()

@@ -165,13 +165,13 @@ class Reference:
             pause = min(2 * pause, 5)
 
 
-def start_child(model_path, device, dtype):
-    """Start a server of one's own on a free port. It ends when this process does: its standard
-    input is a pipe that nobody but this process holds open."""
+def start_child(model_path, device, dtype, threads):
+    """Start a server of one's own on a free port, with so many threads on a CPU. It ends when this
+    process does: its standard input is a pipe that nobody but this process holds open."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", "--port", "0"]
     command += ["--model_path", str(model_path), "--device", device, "--dtype", dtype]
     # idle threads must not spin on cores that the training uses meanwhile
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, text=True, **pipes)
 

@@ -27,6 +27,7 @@ from unittest import mock
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -436,35 +437,31 @@ def rle(repeats):
         yield f"decode, 800 x 800, {name}", "pycocotools", 0.5, found, ""
 
 
-def sft_step(repeats):
-    """What packing all phrases of an image behind it would give SFT (sft.py does not)."""
+def sft_step(repeats, count=12, each=3):
+    """What packing the phrases of an image behind it would give SFT (sft.py does not)."""
     model, processor = policy()
+    in_image = {}
     with tempfile.TemporaryDirectory() as folder:
-        samples = data.load_samples("demo", folder, "train")
-        samples = [s for s, i in evaluation.share_out(samples, {}, 0, 1) if i == 0][:32]
+        for sample in data.load_samples("demo", folder, "train"):
+            in_image.setdefault(sample.image_path, []).append(sample)
+        groups = [group[:each] for group in in_image.values() if len(group) >= each][:count]
         args = argparse.Namespace(seed=0, think_ratio=0.0, miss_ratio=0.15, jitter=0.1)
+        samples = [sample for group in groups for sample in group]
         questions = data.Questions(samples, lambda *_: (1000, 1000), args)
-        asked = {task: [questions[0, i, task] for i in range(32)] for task in ("box", "point")}
-    rows = {}
-    for i, sample in enumerate(samples):
-        rows.setdefault(sample.image_path, []).append(i)
-    most = max(map(len, rows.values()))
+        asked = {
+            task: [questions[0, i, task] for i in range(count * each)] for task in ("box", "point")
+        }
     for task, triples in asked.items():
         images, prompts, answers = zip(*triples)
         whole = data.collate(processor, images, prompts, answers)
-        first = data.collate_images(processor, [images[group[0]] for group in rows.values()])
+        first = data.collate_images(processor, images[::each])
         texts = data.collate_text(processor, prompts)
-        pieces, wanted = {}, {}
-        for i, answer in enumerate(answers):
-            end = processor.tokenizer(answer)["input_ids"] + [processor.tokenizer.eos_token_id]
-            text = texts["input_ids"][i][texts["attention_mask"][i].bool()].tolist()
-            pieces[i], wanted[i] = text + end, [False] * len(text) + [True] * len(end)
-        longest = max(map(len, pieces.values()))
-        fill = lambda row, value: row + [value] * (longest - len(row))
-        slots = [(group + [None] * most)[:most] for group in rows.values()]
-        slots = [slot for group in slots for slot in group]
-        ids = torch.tensor([fill(pieces.get(i, []), 0) for i in slots])
-        mask = torch.tensor([fill(wanted.get(i, []), False) for i in slots])
+        pieces, wanted = [], []  # a text and its answer; what of it counts
+        for ids, seen, answer in zip(texts["input_ids"], texts["attention_mask"].bool(), answers):
+            target = processor.tokenizer(answer)["input_ids"] + [processor.tokenizer.eos_token_id]
+            pieces.append(torch.cat([ids[seen], torch.tensor(target)]))
+            wanted.append(torch.arange(len(pieces[-1])) >= seen.sum())
+        ids, mask = (pad_sequence(rows, batch_first=True) for rows in (pieces, wanted))
 
         def step(loss):
             model.zero_grad()
@@ -476,7 +473,7 @@ def sft_step(repeats):
         plain = lambda: step(lambda: sft.answer_loss(model, dict(whole))[0])
         check_close(shared() / mask.sum(), plain() / mask.sum(), 1e-4, "losses")
         found = race(shared, plain, repeats)
-        note = f"32 refs on {len(rows)} images, as the demo has them"
+        note = f"{each} phrases to an image, {count} images"
         yield f"{task}: image shared by its phrases", "a row for each phrase", None, found, note
 
 

@@ -273,7 +273,7 @@ def test_the_client_waits_for_a_server_that_is_starting_and_says_so_once(asked, 
 def test_a_child_ends_when_its_parent_is_killed(tmp_path):
     parent = subprocess.Popen(
         [sys.executable, "-c", f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
-         f"import ref_server as r\nchild = r.start_child({TINY!r}, 'cpu', 'float32')\n"
+         f"import ref_server as r\nchild = r.start_child({TINY!r}, 'cpu', 'float32', 1)\n"
          "print(r.child_port(child), child.pid, flush=True)\ntime.sleep(60)"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
