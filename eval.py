@@ -29,6 +29,7 @@ import time
 import zlib
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def get_args(argv=None):
     add("--alpha", type=float, default=16, help="cells per side: alpha * side / image side")
     add("--k_min", type=int, default=3, help="fewest cells per side; also k of --points fixed")
     add("--k_max", type=int, default=6, help="most cells per side")
-    add("--theta", type=float, default=0.9, help="drop labels that the model is less sure of")
+    add("--theta", type=float, default=0.9, help="drop labels less probable, at --temperature")
     add("--sam_ckpt", default=str(sampler.TINY_SAM), help="weights: SAM, MobileSAM, tiny SAM")
     add("--multimask", action=on_off, default=False, help="best of SAM's three masks")
     add("--paper", action=on_off, default=False, help="as published: --k_min 1 --multimask")
@@ -153,25 +154,46 @@ def place_points(box_px, width, height, args, rng):
 
 
 def open_images(samples):
-    """Their images; samples of one image get one object, by which `predict` knows them."""
+    """Their images; samples of one image get one object, by which `look` knows it."""
     first = {(sample.image_path, sample.size): sample for sample in samples}
     images = {key: sample.image() for key, sample in first.items()}
     return [images[sample.image_path, sample.size] for sample in samples]
 
 
-def ask_boxes(model, processor, seen, images, phrases, args):
-    """Stage I: images and phrases (B) -> [(text, boxes (N, 4) in pixels; (0, 4) if unreadable)].
+class Views(NamedTuple):
+    """What a model has read of images, with an image for each of B prompts."""
 
-    seen: (what the model has read of the images, the row of each prompt's).
-    """
+    context: sampler.Context  # of each distinct image
+    rows: list  # B, which of them
+    images: list  # B, PIL
+    frames: list  # B, see sampler.answer_frame
+
+    def take(self, picked):
+        return Views(self.context, *([column[i] for i in picked] for column in self[1:]))
+
+
+def look(model, processor, images):
+    """Read images (B), one that occurs several times (the same object) once."""
     frames = [sampler.answer_frame(model, processor, *image.size) for image in images]
-    prompts = [
-        data.box_prompt(phrase, frame, args.use_think) for phrase, frame in zip(phrases, frames)
-    ]
-    context = sampler.read_on(model, *seen, data.collate_text(processor, prompts))
-    answers = sampler.generate(model, processor, context, args.max_new_tokens, args.temperature)
+    distinct = {id(image): image for image in images}
+    context = sampler.read(model, data.collate_images(processor, list(distinct.values())))
+    return Views(context, [list(distinct).index(id(image)) for image in images], images, frames)
+
+
+def ask(model, processor, views, prompts, room, args):
+    """Prompts (B) behind their images -> [(text, probability of each character)], at most `room`
+    tokens each."""
+    text = data.collate_text(processor, prompts)
+    context = sampler.read_on(model, views.context, views.rows, text)
+    return sampler.generate(model, processor, context, room, args.temperature)
+
+
+def ask_boxes(model, processor, views, phrases, args):
+    """Stage I: images and phrases (B) -> [(text, boxes (N, 4) in pixels; (0, 4) if unreadable)]."""
+    prompts = [data.box_prompt(*pair, args.use_think) for pair in zip(phrases, views.frames)]
+    answers = ask(model, processor, views, prompts, args.max_new_tokens, args)
     found = []
-    for (text, _), image, frame in zip(answers, images, frames):
+    for (text, _), image, frame in zip(answers, views.images, views.frames):
         boxes = np.reshape(data.parse_boxes(text) or [], (-1, 4))
         boxes = data.rescale(boxes, frame, image.size).clip(0, [*image.size, *image.size])
         inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
@@ -179,16 +201,14 @@ def ask_boxes(model, processor, seen, images, phrases, args):
     return found
 
 
-def ask_labels(model, processor, seen, images, phrases, points, args):
+def ask_labels(model, processor, views, phrases, points, args):
     """Stage II: and points (B of (N, 2) in pixels) -> [(text, labels or None, confidence)]."""
-    frames = [sampler.answer_frame(model, processor, *image.size) for image in images]
     prompts = [
         data.point_prompt(phrase, data.rescale(p, image.size, frame), frame, args.use_think)
-        for phrase, p, image, frame in zip(phrases, points, images, frames)
+        for phrase, p, image, frame in zip(phrases, points, views.images, views.frames)
     ]
-    context = sampler.read_on(model, *seen, data.collate_text(processor, prompts))
     room = max(args.max_new_tokens, 2 * max(map(len, points)) + 32)  # a label and a comma each
-    answers = sampler.generate(model, processor, context, room, args.temperature)
+    answers = ask(model, processor, views, prompts, room, args)
     judged = []
     for (text, char_probs), p in zip(answers, points):
         where, labels, confidence = data.label_positions(text), None, []
@@ -202,20 +222,16 @@ def ask_labels(model, processor, seen, images, phrases, points, args):
 def predict(model, processor, images, phrases, truths, args):
     """Stages I and II for a batch of images and phrases (B) -> rows with boxes, points, labels.
 
-    An image that occurs several times is read once, and is the same object. `truths`: masks (B),
-    looked at with --oracle only. Random points are drawn by phrase, so that
+    `truths`: masks (B), looked at with --oracle only. Random points are drawn by phrase, so that
     they do not depend on batches, processes or resuming.
     """
-    if model is not None:
-        distinct = {id(image): image for image in images}  # each is read once, for both stages
-        seen = sampler.read(model, data.collate_images(processor, list(distinct.values())))
-        which = [list(distinct).index(id(image)) for image in images]
+    views = look(model, processor, images) if model is not None else None
     nothing = {"answer_box": None, "answer_points": None, "labels": None, "confidence": []}
     rows = [dict(nothing) for _ in images]
     if args.oracle:
         boxes = [data.mask_to_box(truth)[None][: int(truth.any())] for truth in truths]
     else:
-        answers, boxes = zip(*ask_boxes(model, processor, (seen, which), images, phrases, args))
+        answers, boxes = zip(*ask_boxes(model, processor, views, phrases, args))
         for row, text in zip(rows, answers):
             row["answer_box"] = text
     for row, found, image, phrase in zip(rows, boxes, images, phrases):
@@ -230,10 +246,9 @@ def predict(model, processor, images, phrases, truths, args):
         return rows
     asked = [i for i, row in enumerate(rows) if len(row["points_px"])]
     if asked:
-        pick = lambda values: [values[i] for i in asked]
         points = [rows[i]["points_px"] for i in asked]
-        seen = (seen, pick(which))
-        answers = ask_labels(model, processor, seen, pick(images), pick(phrases), points, args)
+        some = [phrases[i] for i in asked]
+        answers = ask_labels(model, processor, views.take(asked), some, points, args)
         for i, (text, labels, confidence) in zip(asked, answers):
             rows[i].update(answer_points=text, labels=labels, confidence=confidence)
     return rows
@@ -324,8 +339,6 @@ def validate(model, processor, samples, use_think=False, batch_size=64, limit=20
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     samples = [samples[i] for i in picks[rank::world]]
     totals = torch.zeros(3, dtype=torch.float64, device=model.device)  # box IoU, accuracy, number
-    was_training = model.training
-    model.eval()
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
         truths, phrases = [s.mask for s in batch], [s.phrases[0] for s in batch]
@@ -335,7 +348,6 @@ def validate(model, processor, samples, use_think=False, batch_size=64, limit=20
             points = point_score(row["labels"], row["points_px"], truth)
             box = box_score(row["box_px"], data.mask_to_box(truth))
             totals += torch.tensor([box, points, 1], device=model.device)
-    model.train(was_training)
     if world > 1:
         dist.all_reduce(totals)
     return {"box_iou": (totals[0] / totals[2]).item(), "point_acc": (totals[1] / totals[2]).item()}

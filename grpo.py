@@ -340,10 +340,11 @@ def main(args):
     # full fine-tuning keeps float32 weights, as updates of 1e-6 vanish in bfloat16
     dtype = "bfloat16" if on_gpu and args.lora_rank else "float32"
     child, threads = None, torch.get_num_threads()
-    half = max(1, threads // 2)  # with all cores each, the two would wait for one another
+    ref_device = args.ref_device or args.device
+    # two that share a CPU get half of its cores each: with all, they would wait for one another
+    half = max(1, threads // 2) if ref_device == args.device == "cpu" else threads
     if args.beta and not args.ref_url and local_rank == 0:
-        device = args.ref_device or args.device
-        child = ref_server.start_child(args.model_path, device, dtype, half)
+        child = ref_server.start_child(args.model_path, ref_device, dtype, half)
     model, processor = sampler.load_policy(args.model_path, args.device, getattr(torch, dtype))
     say(f"model: {args.model_path}, {len(trainable)} refs of {args.option}/{args.split}")
     urls = reference_urls(args, child, rank, local_rank, world)

@@ -43,8 +43,8 @@ import torch
 import sampler
 from sampler import InputError
 
-MOST_TOKENS = 2**18  # of one request, in all its rows
-MOST_PAIRS = 2**29  # of tokens that attention compares
+MOST_TOKENS = 2**18  # of one request, with a prompt for every completion, as attention has it
+MOST_PAIRS = 2**27  # of tokens that attention compares
 PROMPT = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}
 ANSWERS = ("completions", "mask", "temperature")
 REQUEST = PROMPT | set(ANSWERS)
@@ -171,7 +171,7 @@ def start_child(model_path, device, dtype, threads):
     command = [sys.executable, str(Path(__file__).resolve()), "--child", "--port", "0"]
     command += ["--model_path", str(model_path), "--device", device, "--dtype", dtype]
     # idle threads must not spin on cores that the training uses meanwhile
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(threads)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, text=True, **pipes)
 
@@ -215,7 +215,7 @@ def check_request(tensors, model):
         check(((tensors[name] == 0) | (tensors[name] == 1)).all(), f"{name}: expected 0 and 1")
     (batch, start), (rows, length) = ids.shape, completions.shape
     check(rows % batch == 0, f"{rows} completions for {batch} prompts: expected a multiple")
-    tokens = batch * start + rows * length
+    tokens = rows * (start + length)
     pairs = batch * start**2 + rows * length * (start + length)
     small = tokens <= MOST_TOKENS and pairs <= MOST_PAIRS
     check(small, f"{rows} completions of {length} tokens behind {start}: too many for one request")

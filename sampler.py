@@ -6,12 +6,13 @@
        K = clip(floor(alpha * side / image_side), K_min, K_max),  alpha = 16, K_max = 6
 
    Points whose label the model itself doubts (p < 0.9) are dropped.
-2. **Policy.** Any multimodal language model that transformers loads; LoRA.
+2. **Policy.** A multimodal language model of the Qwen-VL kind, as transformers loads it.
 3. **Reading and answering.** An image is read once, however many phrases and questions follow; the
    probability of every character comes with the answer, so that doubt costs no second forward pass.
 4. **Groups.** For GRPO: G completions of a prompt and their log-probs, all in the prompt's row, so
    that prompt and image are computed, and kept, once.
-5. **SAM.** Frozen. Box + positive points + negative points -> mask. Its image encoder is the slow
+5. **LoRA**, and how it is saved.
+6. **SAM.** Frozen. Box + positive points + negative points -> mask. Its image encoder is the slow
    part and runs once per image, however many prompts follow.
 
 Departures from the paper (ReSaP): K_min is 3 where the paper has 1, because one point in a small
@@ -41,8 +42,8 @@ from torch.utils.checkpoint import checkpoint
 ASSETS = Path(__file__).resolve().parent / "assets"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
-# NOTE: what a token must not see gets a finite number that every type can hold: padding sees
-# nothing, and a softmax over -inf alone is nan
+# NOTE: what a token must not see gets a finite number that float32 and bfloat16 can hold: padding
+# sees nothing, and a softmax over -inf alone is nan
 UNSEEN = -1e9
 SLICE = 2**27  # logits that are in memory at a time, in float32
 TINY_VLM, TINY_SAM = ASSETS / "tiny_vlm", ASSETS / "tiny_sam" / "model.safetensors"
@@ -325,6 +326,7 @@ def decode(model, processor, context, group, max_new_tokens, temperature):
     A step feeds G tokens to each prompt's row: each sees the prompt and its own completion. So the
     keys and values of a prompt are kept and read once, not G times. Finished completions leave.
     """
+    use_group_attention(model)
     cache, seen, following, hidden = context
     tokenizer, batch = processor.tokenizer, len(seen)
     vision = torch.tensor(vision_tokens(model), dtype=torch.long, device=seen.device)
@@ -433,33 +435,52 @@ def token_logps(head, hidden, tokens, temperature=1.0):
     return torch.cat([checkpoint(of_slice, *part, use_reentrant=False) for part in slices])
 
 
+def attend(module, query, key, value, bias, scaling, dropout=0.0):
+    """softmax(query key' * scaling + bias) value, (B, L, heads, head_dim), for a bias (B, 1, L, S).
+
+    Several query heads share a key head. They go into the call as more queries of that head; as
+    heads of their own they would want keys and values repeated at every step.
+    """
+    share = getattr(module, "num_key_value_groups", 1)
+    folded = query.unflatten(1, (-1, share)).flatten(2, 3)  # (B, key heads, share * L, head_dim)
+    bias = bias.repeat(1, 1, share, 1)
+    out = nn.functional.scaled_dot_product_attention(
+        folded, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling
+    )
+    return out.unflatten(2, (share, -1)).flatten(1, 2).transpose(1, 2)
+
+
 def group_attention(module, query, key, value, attention_mask, group=None, **kwargs):
     """Attention in rows [prompt, c_1, …, c_G], in two calls: the prompt's tokens see the prompt,
     those of a completion the prompt and their own. One call would need a mask (T, T) and compute
     all its pairs, most of them between completions that must not see one another.
 
     query, key, value: (B, heads, T, head_dim), T = P + G*C; attention_mask: (B, 1, P + C, P + C),
-    of one row [prompt, c]; group: (G, P), and None anywhere but in completion_logps.
+    of one row [prompt, c]; group: (G, P). Without group, a mask of ours (decode) is taken as it is,
+    and one of transformers' (bool) as transformers takes it.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward as attend
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    options = {"scaling": kwargs.get("scaling"), "dropout": kwargs.get("dropout", 0.0)}
     if group is None:
-        return attend(module, query, key, value, attention_mask, **kwargs)
+        return attend(module, query, key, value, attention_mask, **options), None
     size, start = group
     shared = lambda x: x[:, :, :start]  # (B, heads, P, head_dim)
     own = lambda x: x[:, :, start:].unflatten(2, (size, -1)).transpose(1, 2).flatten(0, 1)
     seen = lambda x: torch.cat([shared(x).repeat_interleave(size, 0), own(x)], 2)
-    mask = shared(attention_mask)[..., :start]
-    first, _ = attend(module, shared(query), shared(key), shared(value), mask, **kwargs)
-    mask = attention_mask[:, :, start:].repeat_interleave(size, 0)  # (B*G, 1, C, P + C)
-    rest, _ = attend(module, own(query), seen(key), seen(value), mask, **kwargs)
+    bias = shared(attention_mask)[..., :start]
+    first = attend(module, shared(query), shared(key), shared(value), bias, **options)
+    bias = attention_mask[:, :, start:].repeat_interleave(size, 0)  # (B*G, 1, C, P + C)
+    rest = attend(module, own(query), seen(key), seen(value), bias, **options)
     rest = rest.unflatten(0, (-1, size)).flatten(1, 2)  # (B, G*C, heads, head_dim)
     return torch.cat([first, rest], 1), None
 
 
 def use_group_attention(model):
-    """Tell the language model's layers to call group_attention. For good: with gradient
-    checkpointing they run again long after completion_logps has returned."""
+    """Tell the language model's layers to call group_attention, whatever they called before. For
+    good: with gradient checkpointing they run again long after completion_logps has returned."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

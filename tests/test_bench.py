@@ -1,4 +1,4 @@
-"""The benchmark runs, and its two sides agree."""
+"""A row of the benchmark runs, and its two sides agree."""
 
 import json
 

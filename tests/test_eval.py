@@ -274,3 +274,9 @@ def test_an_image_is_read_once_for_all_its_phrases_and_both_stages(tiny, small_s
     lines = evaluation.evaluate(model, processor, sampler.Segmenter(), todo, args)
     assert len(lines) == len(todo) > len(paths) and any(line["answer_points"] for line in lines)
     assert patches == [len(paths)]
+
+
+def test_an_image_too_thin_to_read_is_one_line(run, tmp_path):
+    Image.new("RGB", (4, 1000)).save(tmp_path / "thin.png")
+    error = run(f"eval.py --image {tmp_path}/thin.png --query ship", fails=True)
+    assert error.strip().splitlines()[-1] == "error: an image of 4 x 1000 is too long and thin"
