@@ -129,7 +129,8 @@ def draw_pairs(before, after, samples, count=3):
 
 def main(args):
     if args.kind == "curve":
-        return draw_curve(args.runs).save(args.out)
+        draw_curve(args.runs).save(args.out)
+        return print(f"written: {args.out}")
     before, after = (
         {(row["ref_id"], row["sentence"]): row for row in evaluation.read_rows(path)}
         for path in (Path(run) / "predictions.jsonl" for run in args.runs)
@@ -146,6 +147,7 @@ def main(args):
         protocol = json.loads((Path(args.runs[0]) / "metrics.json").read_text())["protocol"]
         samples = data.load_samples(protocol["option"], args.data_root, protocol["split"])
         draw_pairs(before, after, samples).save(args.out)
+        print(f"written: {args.out}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ repetitions of (theirs / ours), each pair taken right after one another. Before 
 both sides are checked to give the same, where they should. (`grpo` takes blocks of steps in turn,
 unchecked, and the ratio of their medians; `memory` one run of each, in a process of its own.) The
 model is assets/tiny_vlm with LoRA as grpo.py trains it; images are made larger where a row wants a
-longer prompt.
+longer prompt. `bar` is what a ratio should reach.
 """
 
 import argparse
