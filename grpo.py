@@ -24,7 +24,7 @@ Sums run over all micro-batches and processes, so N processes take the step of o
 batch.
 
     python grpo.py                                  # the demo: from runs/sft, minutes on two cores
-    torchrun --nproc_per_node 4 grpo.py --model_path Qwen/Qwen3-VL-8B-Instruct \\
+    torchrun --nproc_per_node 4 grpo.py --model_path runs/sft \\
         --data_root /path/to/RRSIS-D --option RRSISD --gradient_checkpointing
 
 Departures from the paper (ReSaP): an answer with several boxes is matched box by box, points are

@@ -42,9 +42,6 @@ from torch.utils.checkpoint import checkpoint
 ASSETS = Path(__file__).resolve().parent / "assets"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
-# NOTE: what a token must not see gets a finite number that float32 and bfloat16 can hold: padding
-# sees nothing, and a softmax over -inf alone is nan
-UNSEEN = -1e9
 SLICE = 2**27  # logits that are in memory at a time, in float32
 TINY_VLM, TINY_SAM = ASSETS / "tiny_vlm", ASSETS / "tiny_sam" / "model.safetensors"
 
@@ -241,8 +238,9 @@ class Context(NamedTuple):
 @contextmanager
 def inference(model):
     """No gradients, no dropout, and LoRA merged for the while: a layer of one product, not of three
-    and the steps between them, which take longer than they compute in a decoding step."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    and the steps between them, which take longer than they compute in a decoding step. Inside
+    another one there is nothing left to do."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear) and m.merged is None]
     was_training = model.training
     model.eval()  # NOTE: under gradient checkpointing, a model in training keeps no cache
     try:
@@ -270,6 +268,16 @@ def prompt_positions(model, prompt):
     else:
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
     return positions, positions.view(-1, *attention.shape).amax((0, 2)) + 1
+
+
+def attention_bias(sees, model):
+    """What is added to attention scores where bool `sees` lets one token see another, or not.
+
+    NOTE: a finite number that float32 and bfloat16 can hold: padding sees nothing, and a softmax
+    over -inf alone is nan
+    """
+    bias = torch.zeros(sees.shape, dtype=model.dtype, device=sees.device)
+    return bias.masked_fill(~sees, -1e9)
 
 
 def read(model, prompt):
@@ -336,8 +344,7 @@ def decode(model, processor, context, group, max_new_tokens, temperature):
         ids = places.new_full((batch * group, max_new_tokens), tokenizer.pad_token_id)
         mask, logp = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(ids.shape).to(ids.device)
         alive = torch.ones_like(places, dtype=torch.bool)  # (B, G)
-        bias = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
-        bias = bias.masked_fill(~seen, UNSEEN)[:, None, None].repeat(1, 1, group, 1)  # (B, 1, G, P)
+        bias = attention_bias(seen, model)[:, None, None].repeat(1, 1, group, 1)  # (B, 1, G, P)
         for step in range(max_new_tokens):
             drawn = choose(model.lm_head(hidden), temperature, vision)
             token, token_logp = (x.view(alive.shape) for x in drawn)  # (B, G)
@@ -356,8 +363,8 @@ def decode(model, processor, context, group, max_new_tokens, temperature):
                 order = order[:, None, :, None].expand(-1, -1, -1, bias.shape[-1])
                 bias, following = bias[rows].gather(2, order), following[rows]
                 cache.batch_select_indices(rows)
-            own = bias.new_full((len(token), 1, token.shape[1], token.shape[1]), UNSEEN)
-            own.diagonal(dim1=2, dim2=3).zero_()
+            oneself = torch.eye(token.shape[1], dtype=torch.bool, device=seen.device)
+            own = attention_bias(oneself, model).expand(len(token), 1, -1, -1)
             bias = torch.cat([bias, own], -1)  # (B, 1, G, P + G * steps)
             position = (following + step)[:, None].expand_as(token)
             hidden = model.model(
@@ -413,7 +420,9 @@ def sample_group(model, processor, prompt, group, max_new_tokens, temperature=1.
     `<|image_pad|>` cannot be scored), but logp is that of the model as it is, as completion_logps
     has it.
     """
-    sampled = decode(model, processor, read(model, prompt), group, max_new_tokens, temperature)
+    with inference(model):  # once for both, as merging takes time
+        context = read(model, prompt)
+        sampled = decode(model, processor, context, group, max_new_tokens, temperature)
     return tuple(tensor.clone() for tensor in sampled)  # a loss cannot use inference tensors
 
 
@@ -505,20 +514,18 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
     use_group_attention(model)
     prompt = to_device(prompt, model)
     completions, mask = completions.to(model.device), mask.to(model.device).bool()
+    positions, following = prompt_positions(model, prompt)
     ids, attention = prompt.pop("input_ids"), prompt.pop("attention_mask")  # (B, P)
     (rows, length), (batch, start) = completions.shape, ids.shape
     group, packed = rows // batch, rows // batch * length  # G, G*C
-    positions, following = prompt_positions(
-        model, {**prompt, "input_ids": ids, "attention_mask": attention}
-    )
     behind = (following[:, None] + torch.arange(length, device=ids.device)).repeat(1, group)
     positions = torch.cat([positions, text_positions(model, behind)], -1)  # (…, B, T)
 
-    # whom a token of [prompt, c] sees: up to itself, and no padding
+    # whom a token of [prompt, c] sees, (B, 1, P + C, P + C): up to itself, and no padding
     exists = torch.nn.functional.pad(attention.bool(), (0, length), value=True)  # (B, P + C)
-    sees = exists[:, None, None] & exists.new_ones(2 * exists.shape[1:]).tril()
-    bias = torch.zeros(sees.shape, dtype=model.dtype, device=ids.device)
-    bias = bias.masked_fill(~sees, UNSEEN)  # (B, 1, P + C, P + C)
+    sees = (
+        exists[:, None, None] & exists.new_ones(2 * exists.shape[1:]).tril()
+    )  # (B, 1, P + C, P + C)
 
     prompt = {  # mm_token_type_ids must cover the completions, as text
         key: torch.nn.functional.pad(value, (0, packed)) if value.shape == ids.shape else value
@@ -530,7 +537,7 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
     with mixed_precision(model):
         hidden = model.model(
             input_ids=torch.cat([ids, completions.reshape(batch, packed)], 1),
-            attention_mask=bias,
+            attention_mask=attention_bias(sees, model),
             position_ids=positions,
             use_cache=False,
             group=(group, start),

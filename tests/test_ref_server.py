@@ -156,13 +156,10 @@ def broken_requests(asked):
     many = {k: v[:, -1:].contiguous() for k, v in many.items()}
     many |= {"mm_token_type_ids": many["input_ids"] * 0, "completions": many["input_ids"] + 1}
     yield "many short rows", {"body": save(good | many | {"mask": many["attention_mask"].bool()})}
-    short = {"completions": torch.zeros(260_000, 1, dtype=torch.int64)}
-    short["mask"] = short["completions"].bool() | True
-    yield "many completions", {"body": save(good | short)}
-    yield "long completions", {
-        "body": save(good | {"completions": torch.zeros(6, 9000, dtype=torch.int64),
-                             "mask": torch.ones(6, 9000, dtype=torch.bool)})
-    }  # fmt: skip
+    for shape in ((260_000, 1), (6, 9000)):
+        long = {"completions": torch.zeros(shape, dtype=torch.int64)}
+        long["mask"] = torch.ones(shape, dtype=torch.bool)
+        yield f"completions {shape}", {"body": save(good | long)}
     for length in ("", "x", "-5", "1e3", "+7", "1_0", "9" * 30, str(2**32), "²".encode().decode()):
         yield f"length {length!r}", {"body": b"x", "length": length}
     for path in ("/", "/logp", "/logps/", "/../logps", "/health", "/" + "x" * 5000, "/%00"):

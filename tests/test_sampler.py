@@ -338,10 +338,8 @@ def test_a_prompt_read_in_two_parts_is_the_prompt(kind, tiny):
     rng = np.random.default_rng(1)
     sizes = [(128, 128), (160, 64)]
     images = [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
-    prompts, rows = (
-        [data.box_prompt(p) for p in ("a ship", "the one left of it", "a house")],
-        [1, 0, 1],
-    )
+    prompts = [data.box_prompt(phrase) for phrase in ("a ship", "the one left of it", "a house")]
+    rows = [1, 0, 1]
     whole = data.collate(processor, [images[row] for row in rows], prompts)
     seen = sampler.read(model, data.collate_images(processor, images))
     apart = sampler.read_on(model, seen, rows, data.collate_text(processor, prompts))
