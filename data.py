@@ -17,12 +17,18 @@ are bool (H, W). A suffix names the frame: `_px` is native pixels; `rescale` is 
 """
 
 import argparse
+import io
 import json
 import math
 import os
 import pickle
+import pickletools
 import re
+import reprlib
+import struct
+import warnings
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +39,14 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from sampler import UNPICKLING_ERRORS, InputError, grid_points, jitter_box, label_points
+from sampler import (
+    UNPICKLING_ERRORS,
+    InputError,
+    grid_points,
+    jitter_box,
+    label_points,
+    run_script,
+)
 
 # ------------------------------------------------------------------------- boxes, masks, frames
 
@@ -120,8 +133,7 @@ def mask_to_box(mask):
 # Column-major run lengths, zeros first. In the compressed string, run i > 2 is stored as its
 # difference to run i - 2, in 5-bit groups, low first: char = 48 + group (+ 32 if more follow).
 
-
-MOST_PIXELS = 2**31  # of a mask that we are willing to decode
+MOST_PIXELS = 2**28  # of a mask that we are willing to decode: 16,384 x 16,384
 
 
 def encode_rle(mask):
@@ -144,8 +156,8 @@ def encode_rle(mask):
 
 def _uncompress(counts):
     """The compressed string -> run lengths (R,). Vectorised: every char belongs to one value."""
-    group = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
-    group = group.astype(np.int64) - 48
+    counts = counts.encode(errors="surrogatepass") if isinstance(counts, str) else counts
+    group = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
     if not group.size:
         return group
     if group.min() < 0 or group.max() > 63 or group[-1] & 32:
@@ -154,7 +166,9 @@ def _uncompress(counts):
     starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
     length = ends - starts + 1
     shift = 5 * (np.arange(group.size) - np.repeat(starts, length))
-    if shift.max() > 55:
+    # NOTE: or else sums in int64 may wrap round and look right, and np.repeat would then write far
+    # outside of the mask
+    if shift.max() > 30:
         raise InputError("RLE counts: a run longer than any image")
     value = np.add.reduceat((group & 31) << shift, starts)
     value -= (group[ends] & 16 > 0) * (1 << (5 * length))  # sign-extend
@@ -164,54 +178,96 @@ def _uncompress(counts):
     return runs
 
 
+def _size(pair):
+    """[H, W] of a mask as two ints; InputError if it is not one that we are willing to decode."""
+    whole = lambda side: isinstance(side, (int, float, np.integer)) and side % 1 == 0
+    if isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(whole, pair)):
+        height, width = map(int, pair)
+        if min(height, width) >= 0 and height * width <= MOST_PIXELS:
+            return height, width
+    raise InputError(
+        f"a mask of size {reprlib.repr(pair)}, expected [height, width] in whole pixels, "
+        f"{MOST_PIXELS:,} at most"
+    )
+
+
 def decode_rle(rle):
     """{"size": [H, W], "counts": str | bytes | list} -> bool (H, W). Else InputError."""
-    try:
-        height, width = (int(side) for side in rle["size"])
-        counts = rle["counts"]
-        runs = np.array(counts, np.int64) if isinstance(counts, list) else _uncompress(counts)
-    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
-        raise InputError(
-            f"not an RLE of size [h, w] and counts: {str(rle)[:60]} ({error})"
-        ) from None
-    if not 0 <= height * width <= MOST_PIXELS or height < 0:
-        raise InputError(f"an RLE of size {height} x {width}")
-    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
+    if not isinstance(rle, dict):
+        raise InputError(f"not an RLE: {reprlib.repr(rle)}, expected size [h, w] and counts")
+    height, width = _size(rle.get("size"))
+    counts, pixels = rle.get("counts"), height * width
+    if isinstance(counts, (str, bytes)):
+        runs = _uncompress(counts)
+    elif isinstance(counts, list) and all(type(r) is int and 0 <= r <= pixels for r in counts):
+        runs = np.array(counts, np.int64)
+    else:
+        raise InputError(f"RLE counts: expected a string, or a list of run lengths up to {pixels}")
+    if (runs < 0).any() or runs.sum() != pixels:
         raise InputError(f"RLE runs do not add up to its size {height} x {width}")
     values = np.zeros(len(runs), dtype=bool)
     values[1::2] = True
     return np.repeat(values, runs).reshape(width, height).T
 
 
+def _fill(corners, height, width):
+    """Polygon (N, 2) -> bool (H, W): the pixels whose centre lies inside, by the even-odd rule."""
+    crossed = np.zeros((height, width + 1), dtype=bool)  # an edge lies left of the pixel's centre
+    for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0)):
+        low, high = sorted((y1, y2))
+        rows = np.arange(max(math.ceil(low - 0.5), 0), min(math.ceil(high - 0.5), height))
+        if len(rows):
+            x = x1 + (rows + 0.5 - y1) * (x2 - x1) / (y2 - y1)  # where it cuts each row
+            crossed[rows, np.ceil(x - 0.5).clip(0, width).astype(int)] ^= True
+    return np.logical_xor.accumulate(crossed, axis=1)[:, :width]
+
+
 def decode_segmentation(segmentation, height, width):
     """COCO segmentation (one RLE, a list of RLEs, polygons) -> the union, bool (H, W).
 
     The size of the first RLE is canonical; `height` and `width` are used for polygons only.
+    InputError if it is none of these.
     """
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
-    if not parts:
-        return np.zeros((height, width), dtype=bool)
-    if isinstance(parts[0], dict):
-        masks = [decode_rle(part) for part in parts]
-        if any(mask.shape != masks[0].shape for mask in masks):
-            raise InputError("the RLEs of one segmentation differ in size")
-        return np.logical_or.reduce(masks)  # NOTE: a sum compared with == 1 would drop overlaps
-    parts = parts if isinstance(parts[0], list) else [parts]
-    # NOTE: PIL also fills the pixels under the outline, one too many to the right and below. So
-    # draw five times as large and look at the pixels' centres, as COCO does.
-    canvas = Image.new("1", (5 * width, 5 * height))
-    for polygon in parts:
-        try:
-            corners = [5 * float(v) - 0.5 for v in polygon]
-        except (TypeError, ValueError) as error:
-            raise InputError(f"not a segmentation: {str(segmentation)[:60]} ({error})") from None
-        if len(corners) < 6 or len(corners) % 2:
-            raise InputError(f"a polygon of {len(corners)} numbers, expected x, y, x, y, x, y")
-        ImageDraw.Draw(canvas).polygon(corners, fill=1)
-    return np.array(canvas)[2::5, 2::5]
+    rles = bool(parts) and isinstance(parts[0], dict)
+    if parts and not rles and not isinstance(parts[0], list):
+        parts = [parts]  # one polygon
+    height, width = _size(parts[0].get("size") if rles else (height, width))
+    if len(parts) * height * width > 8 * MOST_PIXELS:
+        raise InputError(
+            f"{len(parts)} masks of {width} x {height} pixels for one object, expected "
+            f"{8 * MOST_PIXELS:,} pixels at most in all"
+        )
+    union = np.zeros((height, width), dtype=bool)
+    for part in parts:
+        if rles:
+            mask = decode_rle(part)
+            if mask.shape != union.shape:
+                raise InputError(f"RLEs of sizes {union.shape} and {mask.shape}, expected one size")
+        else:
+            number = lambda v: type(v) in (int, float) and abs(v) < 1e6
+            if not isinstance(part, list) or not all(map(number, part)):
+                raise InputError(f"{reprlib.repr(part)}, expected an RLE or a list of numbers")
+            if len(part) < 6 or len(part) % 2:
+                raise InputError(f"a polygon of {len(part)} numbers, expected x, y, x, y, x, y")
+            mask = _fill(np.reshape(part, (-1, 2)), height, width)
+        union |= mask  # NOTE: a sum compared with == 1 would drop overlaps
+    return union
 
 
 # ------------------------------------------------------------------------- samples
+
+
+@contextmanager
+def naming(record, remedy=""):
+    """Put the name of a record before the InputError that it causes, and what mends it behind."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{record}: {error}{remedy}") from None
+
+
+LIST_THEM = "; python data.py --option … lists all bad records, --skip_bad leaves them out"
 
 
 @dataclass
@@ -221,45 +277,68 @@ class Sample:
     image_path: Path
     phrases: list[str]
     class_name: str
-    ref_id: int
+    ref_id: int | str
     split: str
     segmentation: object
     size: tuple[int, int]
     weak: bool = False  # the phrase is only the class name (weakly labelled RRSIS-D)
 
     @property
+    def name(self):
+        return f"ref {self.ref_id} ({self.image_path.name})"
+
+    @property
     def mask(self):
         """bool (H, W), decoded at each use: 17,000 decoded masks would not fit in memory."""
-        try:
+        with naming(self.name, LIST_THEM):
             return decode_segmentation(self.segmentation, *self.size)
-        except InputError as error:
-            raise InputError(f"ref {self.ref_id} ({self.image_path.name}): {error}") from None
 
     def image(self):
         """RGB image of the mask's size. Some RRSIS-D images are off by a few pixels."""
-        image = open_image(self.image_path)
+        with naming(self.name, LIST_THEM):
+            image = open_image(self.image_path)
         height, width = self.size
         return image if image.size == (width, height) else image.resize((width, height))
 
 
-def open_image(path, upright=False):
-    """Any image file -> RGB PIL image; one clear line if it is missing or cannot be decoded.
+# Not all that Pillow can read: for some formats it starts another program on the file.
+FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
+# What it raises on damaged files: found by a million of them, see tests/test_fuzz.py.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError)
+DECODING_ERRORS += (AssertionError, ArithmeticError, MemoryError, struct.error)
 
-    16-bit images are stretched to 8 bits (PIL would clip them to white). `upright` follows the EXIF
-    orientation: right for a photo, wrong where a mask was drawn on the stored pixels.
+
+def _to_8_bits(image):
+    """Its values stretched to 0-255: PIL would clip them to white. NaN (no data) becomes black."""
+    values = np.asarray(image, dtype=np.float64)
+    known = values[np.isfinite(values)]
+    low, high = (known.min(), known.max()) if known.size else (0, 0)
+    values = np.where(np.isfinite(values), values - low, 0) / max(high - low, 1e-9) * 255
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def open_image(path, upright=False):
+    """Image file (FORMATS) -> RGB PIL image; one clear line if it is missing or does not decode.
+
+    16-bit and float images are stretched to 8 bits; an alpha channel is dropped. `upright` follows
+    the EXIF orientation: right for a photo, wrong where a mask was drawn on the stored pixels.
     """
     try:
-        image = Image.open(path)
-        image = ImageOps.exif_transpose(image) if upright else image
-        if image.mode.startswith(("I", "F")):
-            values = np.asarray(image, dtype=np.float64)
-            values = (values - values.min()) / max(np.ptp(values), 1e-9) * 255
-            image = Image.fromarray(values.astype(np.uint8))
-        return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata; 89 to 179 million pixels
+            with Image.open(path, formats=FORMATS) as image:
+                image = ImageOps.exif_transpose(image) if upright else image
+                return (_to_8_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"no image at {path}: check --data_root or --image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot decode image {path} ({error}): fetch it again") from None
+    except Image.DecompressionBombError:
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise InputError(f"image {path} has over {most:,} pixels: cut it into tiles") from None
+    except DECODING_ERRORS as error:
+        why = str(error) or type(error).__name__
+        raise InputError(
+            f"cannot decode image {path} ({why}): fetch it again or save it as PNG"
+        ) from None
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -272,13 +351,44 @@ class _PlainUnpickler(pickle.Unpickler):
 def read_refs(path):
     """`refs(unc).p` -> list of dicts, without ever importing a class that the pickle names."""
     try:
-        with open(path, "rb") as file:
-            refs = _PlainUnpickler(file).load()
-    except UNPICKLING_ERRORS as error:
-        raise InputError(f"{path} is refused ({error}): expected plain lists and dicts") from None
+        content = path.read_bytes()
+        # NOTE: look before it runs. A tuple as a dict's key may take for ever to hash, or overflow
+        # the stack; an index into the memo decides how much memory the unpickler takes.
+        for opcode, value, place in pickletools.genops(content):
+            if "TUPLE" in opcode.name or ("PUT" in opcode.name and value > len(content)):
+                raise pickle.UnpicklingError(f"{opcode.name} at byte {place}")
+        refs = _PlainUnpickler(io.BytesIO(content)).load()
+    except (OSError, *UNPICKLING_ERRORS) as error:
+        why = plain_text(str(error))[:200]
+        expected = "a whole pickle of lists and dicts, without tuples and classes"
+        raise InputError(f"{path} is refused ({why}): expected {expected}") from None
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise InputError(f"{path} is refused: expected a list of dicts, one per ref")
     return refs
+
+
+def _is_key(value):
+    return isinstance(value, (int, float, str))
+
+
+def read_instances(path):
+    """instances.json -> its annotations, images and categories, each as a dict from id to row.
+
+    A row without an id that can be looked up is left out: what refers to it will say so.
+    """
+    try:
+        coco = json.loads(path.read_bytes())
+        return [
+            {
+                row["id"]: row
+                for row in coco[key]
+                if isinstance(row, dict) and _is_key(row.get("id"))
+            }
+            for key in ("annotations", "images", "categories")
+        ]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        expected = "an object with the lists annotations, images and categories"
+        raise InputError(f"{path} cannot be read: expected {expected} ({error})") from None
 
 
 ALIASES = {
@@ -327,32 +437,64 @@ def load_samples(option, data_root, split=None, problems=None):
         make_demo(data_root)
     root, name = find_dataset(option, data_root)
     refs = read_refs(root / name / "refs(unc).p")
-    path = root / name / "instances.json"
-    try:
-        coco = json.loads(path.read_bytes())
-        tables = [
-            {row["id"]: row for row in coco[k]} for k in ("annotations", "images", "categories")
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read as COCO instances ({error!r})") from None
+    tables = read_instances(root / name / "instances.json")
     folder = root / "images" / name / "JPEGImages"
     present = set(os.listdir(folder)) if folder.is_dir() else set()
     samples, known = [], set()
-    for ref in refs:
-        if split in (None, ref.get("split")):
-            try:
-                samples.append(_sample(ref, *tables, folder, present))
-                if samples[-1].ref_id in known:
-                    raise InputError(f"{name} ref {samples.pop().ref_id}: its ref_id is used twice")
-                known.add(samples[-1].ref_id)
-            except InputError as error:
-                if problems is None:
-                    raise
-                problems.append(str(error))
+    for number, ref in enumerate(refs):
+        try:
+            with naming(f"record {number}"):
+                _check_ids(ref)  # also of another split: who knows which it belongs to?
+            if split in (None, ref["split"]):
+                sample = _sample(ref, *tables, folder, present)
+                if sample.ref_id in known:
+                    raise InputError(f"{sample.name}: its ref_id is used twice")
+                known.add(sample.ref_id)
+                samples.append(sample)
+        except InputError as error:
+            if problems is None:
+                raise InputError(f"{error}{LIST_THEM}") from None
+            problems.append(str(error))
     if not samples and not problems:
-        splits = sorted({str(ref.get("split")) for ref in refs})
-        raise InputError(f"{root / name} has no split {split!r} (found: {', '.join(splits)})")
+        splits = ", ".join(sorted({str(ref["split"]) for ref in refs})[:10])
+        raise InputError(f"{root / name} has no split {split!r} (found: {splits or 'no refs'})")
     return samples
+
+
+def decoded(samples, problems):
+    """(sample, mask, stored (W, H) of its image) of each that decodes, a line in `problems` of each
+    that does not."""
+    sizes, rank = {}, dist.get_rank() if dist.is_initialized() else 0
+    for sample in tqdm(samples, desc="reading masks and images", disable=rank > 0):
+        try:
+            with naming(sample.name):
+                mask = decode_segmentation(sample.segmentation, *sample.size)
+                if sample.image_path not in sizes:
+                    sizes[sample.image_path] = open_image(sample.image_path).size
+        except InputError as error:
+            problems.append(str(error))
+        else:
+            yield sample, mask, sizes[sample.image_path]
+
+
+def load_sound(option, data_root, split, skip_bad):
+    """(samples, problems). With `skip_bad`, samples without the bad records and those whose mask or
+    image does not decode, and a line in problems for each; else load_samples, and none."""
+    if not skip_bad:
+        return load_samples(option, data_root, split), []
+    problems = []
+    samples = load_samples(option, data_root, split, problems)
+    sound = [sample for sample, _, _ in decoded(samples, problems)]
+    if not sound:
+        count = f"{len(problems)} bad ones, the first: {problems[0]}"
+        raise InputError(f"--option {option}: no sound record in split {split!r} ({count})")
+    return sound, problems
+
+
+def list_skipped(problems, of):
+    """Print what load_sound left out; `of` says of how many, as in "3581 records of test"."""
+    if problems:
+        print("\n".join([f"skipped {len(problems)} of {of}:", *problems]))
 
 
 def load_for_training(args, rank):
@@ -361,49 +503,85 @@ def load_for_training(args, rank):
         load_samples(args.option, args.data_root)
     if dist.is_initialized():
         dist.barrier()
-    samples = load_samples(args.option, args.data_root, args.split)
+
+    def load(split):
+        samples, problems = load_sound(args.option, args.data_root, split, args.skip_bad)
+        if rank == 0:
+            list_skipped(problems, f"{len(samples) + len(problems)} records of {split}")
+        return samples
+
+    samples = load(args.split)
     trainable = [sample for sample in samples if sample.mask.any()]
+    if not trainable:
+        empty = f"all {len(samples)} masks are empty"
+        raise InputError(f"--split {args.split}: {empty}, expected an object to learn from")
     if rank == 0 and len(trainable) < len(samples):
         print(f"left out: {len(samples) - len(trainable)} refs whose mask is empty")
-    return trainable, load_samples(args.option, args.data_root, "val") if args.val_limit else []
+    with naming("validation", "; --val_limit 0 does without"):
+        return trainable, load("val") if args.val_limit else []
+
+
+def _check_ids(ref):
+    """InputError unless ids and split are whole numbers or short names, fit for a file name.
+
+    NOTE: nothing of the pickle is printed, hashed or compared before its type is known: with shared
+    objects, a hundred bytes can stand for a list of 2**60 items.
+    """
+    for key in ("ref_id", "ann_id", "split"):
+        value = ref.get(key)
+        if isinstance(value, str) and re.fullmatch(r"[\w.+ -]{1,64}", value):
+            continue
+        if type(value) is not int or abs(value) >= 2**63:
+            what = reprlib.repr(value) if isinstance(value, str) else type(value).__name__
+            expected = "a whole number below 2**63, or up to 64 letters, digits, _ . + -"
+            raise InputError(f"its {key} is {what}, expected {expected}")
+
+
+def _row(table, key, kind):
+    if not _is_key(key) or key not in table:
+        raise InputError(f"no {kind} with id {reprlib.repr(key)} in instances.json")
+    return table[key]
 
 
 def _sample(ref, annotations, images, classes, folder, present):
     """Join a ref with its annotation, image and class, and check what can be checked cheaply."""
-    where = f"{folder.parent.name} ref {ref.get('ref_id')}"
-    try:
-        annotation = annotations.get(ref["ann_id"])
-        if annotation is None:
-            raise InputError(f"{where}: no annotation with id {ref['ann_id']} in instances.json")
-        ref_id = ref["ref_id"]
-        image = images[annotation["image_id"]]
-        file_name, segmentation = image["file_name"], annotation["segmentation"]
+    with naming(f"ref {ref['ref_id']}"):
+        annotation = _row(annotations, ref["ann_id"], "annotation")
+        image = _row(images, annotation.get("image_id"), "image")
+        file_name = image.get("file_name")
+        if not isinstance(file_name, str) or not file_name.isprintable():
+            raise InputError("its image has no readable file_name in instances.json")
+        if file_name not in present:  # nor is anything outside of the folder
+            raise InputError(f"image {file_name:.100} is missing in {folder}")
+    with naming(f"ref {ref['ref_id']} ({file_name})"):
         # RRSIS-D spells it categories_id
-        category = annotation["category_id" if "category_id" in annotation else "categories_id"]
-        phrases = [sentence["raw"].strip() for sentence in ref["sentences"]]
-        class_name = str(classes.get(category, {}).get("name", category)).replace("_", " ")
+        category = annotation.get("category_id", annotation.get("categories_id"))
+        name = classes.get(category, {}).get("name", category) if _is_key(category) else None
+        class_name = plain_text(str(name)).replace("_", " ") if _is_key(name) else ""
+        if not 0 < len(class_name) <= 100:
+            raise InputError("its class has no name of up to 100 characters in instances.json")
+        sentences = ref.get("sentences")
+        if not isinstance(sentences, list) or not 0 < len(sentences) <= 100:
+            raise InputError("its sentences are not a list of 1 to 100 dicts")
+        raw = [sentence.get("raw") for sentence in sentences if isinstance(sentence, dict)]
+        if len(raw) < len(sentences) or not all(isinstance(phrase, str) for phrase in raw):
+            raise InputError("a sentence has no text as raw, where its phrase is expected")
+        phrases = list(map(clean_phrase, raw))
+        segmentation = annotation.get("segmentation")
         first = segmentation[0] if isinstance(segmentation, list) and segmentation else segmentation
-        size = first["size"] if isinstance(first, dict) else (image["height"], image["width"])
-        height, width = map(int, size)
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(f"{where}: its record cannot be read ({error!r})") from None
-    if file_name not in present:
-        raise InputError(f"{where}: image {folder / file_name} is missing")
-    if not phrases or not all(phrases):
-        raise InputError(f"{where}: empty phrase")
-    if height <= 0 or width <= 0:
-        raise InputError(f"{where}: image {file_name} of size {width} x {height}")
+        rle = isinstance(first, dict)
+        size = _size(first.get("size") if rle else [image.get("height"), image.get("width")])
+        if 0 in size:
+            raise InputError(f"a mask of size {size[1]} x {size[0]}, expected at least a pixel")
     letters = lambda text: re.sub("[^a-z]", "", text.lower())
     return Sample(
         image_path=folder / file_name,
         phrases=phrases,
         class_name=class_name,
-        ref_id=ref_id,
-        split=ref.get("split"),
+        ref_id=ref["ref_id"],
+        split=ref["split"],
         segmentation=segmentation,
-        size=(height, width),
+        size=size,
         weak=any(letters(phrase) == letters(class_name) for phrase in phrases),
     )
 
@@ -421,13 +599,24 @@ THINK = "Reason between <think> and </think> first, then answer between <answer>
 NO_THINK = "Answer between <answer> and </answer>, without any reasoning."
 
 
+MOST_CHARS = 2000  # of a phrase: some 500 tokens
+CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], " ")  # Unicode's category Cc
+
+
+def plain_text(text):
+    """One line without control characters. NOTE: markup in it (`<answer>`, `<|image_pad|>`) is
+    broken up, or it would be read as a special token or as the answer."""
+    text = text.encode(errors="replace").decode()  # a lone surrogate, from a damaged argument
+    return " ".join(text.translate(CONTROLS).replace("<", "< ").split())
+
+
 def clean_phrase(phrase):
-    """One line of plain text. NOTE: markup in a phrase (`<answer>`, `<|image_pad|>`) is broken up,
-    or it would be read as a special token or as the answer."""
-    phrase = phrase.encode(errors="replace").decode()  # a lone surrogate, from a damaged argument
-    phrase = " ".join(phrase.split()).replace("<", "< ")
+    """The phrase as a model may read it; cleaning it again changes nothing."""
+    phrase = plain_text(phrase) if len(phrase) <= MOST_CHARS else phrase
     if not phrase:
-        raise InputError("the phrase is empty: say what to look for, for example --query 'a ship'")
+        raise InputError("the phrase is empty, expected what to look for, such as 'a ship'")
+    if len(phrase) > MOST_CHARS:
+        raise InputError(f"a phrase of {len(phrase)} characters, expected {MOST_CHARS} at most")
     return phrase
 
 
@@ -497,13 +686,13 @@ def size_word(scale):
 def rationale(class_name, box_px, width, height):
     """The reasoning that a think-format target shows, made from the sample: class, size, place."""
     size = size_word(box_scale(box_px, width, height))
-    return f"The {size} {class_name} {place_words(*place_of(box_px, width, height))}."
+    return f"The {size} {plain_text(class_name)} {place_words(*place_of(box_px, width, height))}."
 
 
 # ------------------------------------------------------------------------- answers
 
-_LABELS = re.compile(r"\s*\[\s*[01](?:\s*,\s*[01])*\s*\]\s*")
-_FENCE = re.compile(r"```(?:json)?\s*\n?([^`]*)```")
+_FENCE = re.compile("```([^`]*)```")
+MOST_BOXES = 1000  # of one answer
 
 
 def _answer_span(text):
@@ -517,20 +706,25 @@ def parse_boxes(text):
     """A model's text -> list of boxes (x1, y1, x2, y2) in its frame, or None. No text raises.
 
     Accepts <answer>[…]</answer> around one box, a list of boxes, or Qwen's
-    [{"bbox_2d": […]}], the last two also in a ```json fence, with or without <answer>.
+    [{"bbox_2d": […]}], the last two also in a ```json fence, with or without <answer>. More than
+    1,000 boxes are None.
     """
     span = _answer_span(text)
     body = text[slice(*span)] if span else text
     fence = _FENCE.search(body)
+    body = fence[1].removeprefix("json").lstrip() if fence else body
+    # json takes half a second for a megabyte of lists; boxes hold some 8 of these characters each
+    if sum(map(body.count, "[{,")) > 20 * MOST_BOXES:
+        return None
     try:
-        value = json.loads(fence[1] if fence else body)
+        value = json.loads(body)
     except (ValueError, RecursionError):
         return None
     if isinstance(value, dict) or (
         isinstance(value, list) and len(value) == 4 and not isinstance(value[0], (list, dict))
     ):
         value = [value]
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list) or not 0 < len(value) <= MOST_BOXES:
         return None
     boxes = [item.get("bbox_2d") if isinstance(item, dict) else item for item in value]
     return [tuple(map(float, box)) for box in boxes] if all(map(_is_box, boxes)) else None
@@ -542,18 +736,36 @@ def _is_box(box):
     return all(abs(v) < 1e6 for v in box) and box[0] < box[2] and box[1] < box[3]
 
 
+def _labels(text):
+    """Positions and values (N,) of the labels in the last <answer>[0,1,…]</answer>, or None.
+
+    Arrays, as an answer can be a megabyte long.
+    """
+    span = _answer_span(text)
+    if span is None:
+        return None
+    body = text[slice(*span)]
+    bare = "".join(body.split())  # [ label , label , … label ]
+    chars = np.frombuffer(bare.encode(errors="replace"), np.uint8)
+    if len(chars) < 3 or len(chars) % 2 == 0 or bare[0] + bare[-1] != "[]":
+        return None
+    values = chars[1::2] - ord("0")  # unsigned: what is below 0 is large
+    if (values > 1).any() or (chars[2:-1:2] != ord(",")).any():
+        return None
+    digits = np.frombuffer(body.encode("utf-32-le"), np.uint32) - ord("0")
+    return np.flatnonzero(digits <= 1) + span[0], values
+
+
 def label_positions(text):
     """Index into `text` of every 0/1 in its last <answer>[0,1,…]</answer>, or None."""
-    span = _answer_span(text)
-    if span is None or not _LABELS.fullmatch(text, *span):
-        return None
-    return [i for i in range(*span) if text[i] in "01"]
+    labels = _labels(text)
+    return None if labels is None else labels[0].tolist()
 
 
 def parse_labels(text):
     """A model's text -> list of labels 0/1, or None if it is not a list of them. No text raises."""
-    positions = label_positions(text)
-    return None if positions is None else [int(text[i]) for i in positions]
+    labels = _labels(text)
+    return None if labels is None else labels[1].tolist()
 
 
 # ------------------------------------------------------------------------- questions
@@ -727,24 +939,18 @@ def contact_sheet(samples, columns=6, rows=4, tile=224):
 
 
 def main(args):
-    problems, off, empty, scales = [], [], 0, []
-    samples, sizes, sound = load_samples(args.option, args.data_root, problems=problems), {}, []
-    for sample in tqdm(samples, desc="reading masks and images"):
-        height, width = sample.size
-        try:
-            if sample.image_path not in sizes:
-                sizes[sample.image_path] = open_image(sample.image_path).size
-            box = mask_to_box(sample.mask)
-        except InputError as error:
-            problems.append(str(error))
-            continue
+    problems, off, empty, scales, sound = [], [], 0, [], []
+    samples = load_samples(args.option, args.data_root, problems=problems)
+    for sample, mask, size in decoded(samples, problems):
+        box, (height, width) = mask_to_box(mask), sample.size
         sound.append(sample)
-        if sizes[sample.image_path] != (width, height):
+        if size != (width, height):
             off.append(sample.image_path.name)
         empty += not box.any()
         scales.append(size_word(box_scale(box, width, height)))
-    print(f"{len(samples)} refs on {len(sizes)} images, {len(problems)} bad records")
-    for problem in problems[:10]:
+    images = {sample.image_path for sample in samples}
+    print(f"{len(samples)} refs on {len(images)} images, {len(problems)} bad records")
+    for problem in problems:
         print(f"  {problem}")
     for title, counts in {
         "split": Counter(str(s.split) for s in samples),
@@ -768,7 +974,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(get_args())
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main, get_args())

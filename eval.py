@@ -61,6 +61,7 @@ def get_args(argv=None):
     add("--option", default="demo", help="demo, RRSISD, ris_lad or any REFER set in --data_root")
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--split", default="test", help="split to evaluate")
+    add("--skip_bad", action=on_off, default=False, help="leave bad records out, and list them")
     add("--image", help="segment this image file instead of a split; needs --query")
     add("--query", help="phrase for --image")
     # the model
@@ -381,6 +382,13 @@ def fingerprint(path):
     return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
 
+def digest(samples):
+    """Changes when the samples do: phrases, masks, the names and sizes of the image files."""
+    truth = lambda s: (s.ref_id, s.phrases, s.class_name, s.segmentation, s.size)
+    image = lambda path: (path.name, path.stat().st_size)
+    return zlib.crc32(repr([(truth(s), image(s.image_path)) for s in samples]).encode())
+
+
 def read_rows(path):
     """The lines of a predictions file, less one that was cut short when its process was killed."""
     rows = []
@@ -480,6 +488,7 @@ def default_model(log_dir):
 def segment_one(args, model, processor, segmenter, folder):
     """--image and --query: print box, points, reasoning and scores; write mask and overlay."""
     image = data.open_image(args.image, upright=True)
+    args.query = data.clean_phrase(args.query)
     (row,) = predict(model, processor, [image], [args.query], [None], args)
     mask, sam_score = segment(segmenter, image, args.image, row, args)
     name = folder / Path(args.image).stem
@@ -563,14 +572,12 @@ def main(args):
     # 2. What is to be done, less what an earlier run has done.
     if rank > 0:
         wait()  # for rank 0 to make the demo set and to gather what is there
-    samples = data.load_samples(args.option, args.data_root, args.split)
+    samples, bad = data.load_sound(args.option, args.data_root, args.split, args.skip_bad)
     protocol = protocol_of(args, path)
     if rank == 0:
+        data.list_skipped(bad, f"{len(samples) + len(bad)} records of {args.split}")
         weights = [fingerprint(path), fingerprint(args.sam_ckpt)]
-        truth = lambda s: (s.ref_id, s.phrases, s.class_name, s.segmentation, s.size)
-        image = lambda path: (str(path.resolve()), path.stat().st_size)
-        refs = repr([(truth(s), image(s.image_path)) for s in samples])
-        state = {**protocol, "weights": weights, "refs": zlib.crc32(refs.encode())}
+        state = {**protocol, "weights": weights, "refs": digest(samples)}
         state |= {key: getattr(args, key) for key in ("seed", "max_new_tokens")}
         start_or_resume(folder, args, state)
         wait()
@@ -603,7 +610,7 @@ def main(args):
                 "or the machines do not share it (--version_name, --log_dir)"
             )
         group = lambda key, name: summarize([row for row in rows if row[key] == name])
-        metrics = summarize(rows)
+        metrics = {**summarize(rows), "n_skipped": len(bad)}
         metrics["by_scale"] = {name: m for name in SCALES if (m := group("scale", name))}
         classes = sorted({row["class_name"] for row in rows})
         metrics["by_class"] = {name: group("class_name", name) for name in classes}
@@ -624,7 +631,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(get_args())
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    sampler.run_script(main, get_args())

@@ -24,6 +24,7 @@ Sums run over all micro-batches and processes, so N processes take the step of o
 batch.
 
     python grpo.py                                  # the demo: from runs/sft, minutes on two cores
+    python grpo.py --resume                         # go on with a run that was cut off
     torchrun --nproc_per_node 4 grpo.py --model_path runs/sft \\
         --data_root /path/to/RRSIS-D --option RRSISD --gradient_checkpointing
 
@@ -33,10 +34,8 @@ judged in jittered and wrong boxes too (see sft.py), and truncated completions c
 """
 
 import argparse
-import json
 import math
 import re
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,8 +47,9 @@ from tqdm import tqdm
 import data
 import ref_server
 import sampler
+import sft
 from eval import print_gain, validate_both
-from sampler import InputError, sum_gradients
+from sampler import InputError
 
 # (the recipe for an 8 B model, the demo)
 DEFAULTS = dict(
@@ -59,6 +59,7 @@ DEFAULTS = dict(
     max_step=(0, 110),
     think_ratio=(0.5, 0.7),
     max_new_tokens=(256, 112),
+    save_step=(100, 10),
     val_limit=(200, 100),
     val_batch_size=(8, 64),
 )
@@ -101,6 +102,7 @@ def get_args(argv=None):
     add("--mask_truncated", action=on_off, default=False, help="leave cut-off completions out")
     # the reference
     add("--ref_url", help="server(s), comma-separated; default: start one on every machine")
+    add("--ref_patience", type=float, default=300, help="seconds to wait for it, at any time")
     add("--ref_device", help="device of a server of one's own (default: that of local rank 0)")
     # optimisation
     add("--lora_rank", type=int, default=64, help="rank of LoRA; 0 trains all parameters")
@@ -115,12 +117,21 @@ def get_args(argv=None):
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     # system and output
     add("--gradient_checkpointing", action=on_off, default=False, help="less memory, more time")
+    add("--skip_bad", action=on_off, default=False, help="leave bad records out, and list them")
     add("--seed", type=int, default=0, help="of data order, tasks, jitter and sampling")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--log_dir", default="runs", help="results go to <log_dir>/<version_name>")
     add("--version_name", default="grpo", help="name of this run")
     add("--merge", action=on_off, default=True, help="write merged weights beside the adapter")
-    add("--save_step", type=int, default=100, help="save every so many rollouts, and at the end")
+    add("--save_step", type=int, help="save every so many rollouts, and at the end")
+    add("--keep", type=int, default=2, help="checkpoints that stay")
+    add("--resume", action=on_off, default=False, help="go on from the last checkpoint")
+    add(
+        "--max_skips",
+        type=int,
+        default=5,
+        help="end after so many updates in a row with nan or inf",
+    )
     add("--val_limit", type=int, help="validation samples before and after; 0: none")
     add("--val_batch_size", type=int, help="validation samples per process and batch")
     args = parser.parse_args(argv)
@@ -130,8 +141,9 @@ def get_args(argv=None):
             if key == "lr" and not args.lora_rank:
                 args.lr /= 10
     args.model_path = args.model_path or str(Path(args.log_dir) / "sft")
-    if min(args.batch_size, args.accumulate, args.save_step, args.mu, args.max_new_tokens) < 1:
-        parser.error("--batch_size, --accumulate, --save_step, --mu, --max_new_tokens start at 1")
+    counts = "batch_size accumulate save_step keep max_skips mu max_new_tokens".split()
+    if min(getattr(args, name) for name in counts) < 1:
+        parser.error(", ".join(f"--{name}" for name in counts) + " start at 1")
     if min(args.val_limit, args.max_step, args.lora_rank, args.seed) < 0 or args.beta < 0:
         parser.error("--val_limit, --max_step, --lora_rank, --seed and --beta start at 0")
     if args.ref_url and not all(map(_URL.fullmatch, args.ref_url.split(","))):
@@ -139,8 +151,11 @@ def get_args(argv=None):
     ratios = (args.point_ratio, args.miss_ratio, args.think_ratio, args.warmup, args.eps_low)
     if not all(0 <= ratio <= 1 for ratio in ratios) or args.eps_high < 0 or args.clip <= 0:
         parser.error("ratios, --warmup and --eps_low are 0 to 1, --eps_high from 0, --clip above 0")
-    if args.group < 2 or args.temperature <= 0:
-        parser.error("--group starts at 2 (one has nothing to compare with), --temperature above 0")
+    if args.group < 2 or min(args.temperature, args.ref_patience) <= 0:
+        parser.error(
+            "--group starts at 2 (one has nothing to compare with); --temperature and "
+            "--ref_patience are above 0"
+        )
     if not args.max_step and args.epochs <= 0:
         parser.error("nothing to do: set --epochs or --max_step")
     return args
@@ -221,6 +236,7 @@ SUMS = (
     *("box_completions", "box", "point_completions", "point", "prompt_tokens"),
     *("trained", "trained_tokens", "policy_loss", "kl", "clipped", "loss_tokens"),
     *CLOCKS,
+    "stopping",
 )
 
 
@@ -266,14 +282,6 @@ def roll_out(model, processor, images, prompts, answers, task, args, sums):
     return prompt, ids[kept], mask[kept], adv, behaviour[kept]
 
 
-def sum_over_processes(values, device):
-    """Floats, each summed over all processes."""
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values.tolist()
-
-
 def reference_urls(args, child, rank, local_rank, world):
     """Where this process asks: --ref_url, or the server that its machine's first process started,
     whose port the others learn here; nowhere if there is no penalty."""
@@ -281,22 +289,21 @@ def reference_urls(args, child, rank, local_rank, world):
         return args.ref_url.split(",") if args.beta else []
     ports = [0.0] * world
     ports[rank] = ref_server.child_port(child) if child else 0
-    ports = sum_over_processes(ports, args.device)
+    ports = sft.sum_over_processes(ports, args.device)
     return [f"http://127.0.0.1:{ports[rank - local_rank]:.0f}"]
 
 
-def open_logs(folder):
-    """train.jsonl, and a TensorBoard writer (None without `pip install tensorboard`)."""
-    log = open(folder / "train.jsonl", "w")
+def open_board(folder, done):
+    """A TensorBoard writer that goes on after update `done`; None without `pip install
+    tensorboard`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return log, None
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # or its curve would show two runs
-    return log, SummaryWriter(folder / "tensorboard")
+        return None
+    return SummaryWriter(folder / "tensorboard", purge_step=done + 1)
 
 
-def log_line(step, order, sums, world, norm, lr, seconds, has_reference):
+def log_line(step, order, sums, world, norm, lr, skipped, seconds, has_reference):
     """One line of train.jsonl. The README explains each key; None where there was nothing."""
     share = lambda part, whole: sums[part] / sums[whole] if sums[whole] else None
     return {
@@ -316,6 +323,7 @@ def log_line(step, order, sums, world, norm, lr, seconds, has_reference):
         "rollout_gap": share("gap", "trained_tokens"),
         "grad_norm": norm,
         "lr": lr,
+        "skipped": skipped,
         "tokens_per_s": (sums["prompt_tokens"] + sums["length"]) / seconds,
         **{f"seconds_{name}": sums[name] / world for name in CLOCKS},
         "seconds": seconds,
@@ -331,7 +339,7 @@ def main(args):
     if start == Path(args.log_dir) / "sft" or start.is_dir():  # else a hub name
         if not any((start / name).exists() for name in files):
             raise InputError(f"no model in {start}: run python sft.py first, or set --model_path")
-    rank, world, local_rank, folder = sampler.start_run(args)
+    rank, world, local_rank, folder = sft.start_run(args)
     on_gpu = args.device.startswith("cuda")
     say = print if rank == 0 else lambda *_: None
     trainable, val = data.load_for_training(args, rank)
@@ -349,10 +357,12 @@ def main(args):
     say(f"model: {args.model_path}, {len(trainable)} refs of {args.option}/{args.split}")
     urls = reference_urls(args, child, rank, local_rank, world)
     expected = ref_server.describe(model, processor, args.model_path)
-    reference = ref_server.Reference(urls, expected, turn=rank, child=child)
+    reference = ref_server.Reference(urls, expected, rank, args.ref_patience, child)
     for url, name in zip(urls, reference.models):
         say(f"reference: {name} at {url}")
-    before = validate_both(model, processor, val, args)
+    settings = sft.settings_of(args, world, model, processor, trainable)
+    saved = sft.load_checkpoint(folder, settings, rank, world, args.device) if args.resume else None
+    before = saved["before"] if saved else validate_both(model, processor, val, args)
 
     # 3. What is trained.
     torch.manual_seed(args.seed + rank)
@@ -371,13 +381,23 @@ def main(args):
     rise = max(1, round(args.warmup * steps))
     say(f"{sum(p.numel() for p in trained):,} trained parameters, {steps} rollouts")
 
-    # 4. The loop.
+    # 4. Where the walk through the data, and all else, stands.
+    done = saved["step"] if saved else 0
+    skipped, in_a_row = saved["skipped"] if saved else (0, 0)
     frame_of = lambda width, height: sampler.answer_frame(model, processor, width, height)
     questions = data.Questions(trainable, frame_of, args)
     order = data.Order(len(trainable), args, rank, world)
-    log, board = open_logs(folder) if rank == 0 else (None, None)
-    asking = ThreadPoolExecutor(1)
-    bar = tqdm(range(1, steps + 1), desc="GRPO", disable=rank > 0)
+    order.set_epoch(*divmod(done * args.accumulate, len(order.batches)))
+    log = sft.open_log(folder, args, done) if rank == 0 else None
+    board = open_board(folder, done) if rank == 0 else None
+    if saved:
+        sft.restore(saved, model, optimizer, args.device)
+        say(f"going on after update {done}")
+        del saved
+
+    # 5. The loop.
+    asking, stop = ThreadPoolExecutor(1), sft.Stop()
+    bar = tqdm(range(done + 1, steps + 1), "GRPO", initial=done, total=steps, disable=rank > 0)
     for step in bar:
         start = time.time()
         sums, norm = dict.fromkeys(SUMS, 0.0), 0.0
@@ -385,7 +405,7 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # 4a. Ask, sample, reward. The reference scores a batch while the next is sampled.
+        # 5a. Ask, sample, reward. The reference scores a batch while the next is sampled.
         batches = []
         for _ in range(args.accumulate):
             keys = next(order)
@@ -396,11 +416,12 @@ def main(args):
                 job = (prompt, ids, mask, args.temperature)
                 batches.append((batch, asking.submit(reference.logps, *job) if urls else None))
         sums["rollout"] += time.time() - start
-        totals = sum_over_processes([sums["trained"], sums["trained_tokens"]], args.device)
+        totals = sft.sum_over_processes([sums["trained"], sums["trained_tokens"]], args.device)
 
-        # 4b. Score, compare, update. All processes agree on `totals`, and so on going on.
+        # 5b. Score, compare, update. All processes agree on `totals`, and so on going on.
         old = {}
         for inner in range(args.mu if totals[0] else 0):
+            finite = True
             for i, ((prompt, ids, mask, adv, behaviour), job) in enumerate(batches):
                 clock = time.time()
                 torch.set_num_threads(half if child and inner == 0 else threads)
@@ -418,35 +439,48 @@ def main(args):
                 weight = token_weights(mask, args.loss, *totals, args.max_new_tokens)
                 loss, *parts = policy_loss(logp, *old[i], adv, weight, args)
                 loss.backward()
+                finite = finite and math.isfinite(loss.item())
                 sums["policy_loss"] += (weight * parts[0]).sum().item() / args.mu
                 sums["kl"] += (mask * parts[1]).sum().item()
                 sums["clipped"] += (mask * parts[2]).sum().item()
                 sums["loss_tokens"] += mask.sum().item()
                 sums["update"] += time.time() - clock
             clock = time.time()
-            sum_gradients(trained)
+            sft.sum_gradients(trained)
             norm = torch.nn.utils.clip_grad_norm_(trained, args.clip).item()
-            optimizer.step()
+            # NOTE: one nan in the weights and all is nan from then on
+            if math.isfinite(norm) and not any(sft.sum_over_processes([not finite], args.device)):
+                optimizer.step()
+                in_a_row = 0
+            else:
+                skipped, in_a_row = skipped + 1, in_a_row + 1
             optimizer.zero_grad()
             sums["update"] += time.time() - clock
 
-        # 4c. Log and save.
-        sums = dict(zip(SUMS, sum_over_processes(list(sums.values()), args.device)))
+        # 5c. Log and save.
+        sums["stopping"] = stop.signal
+        sums = dict(zip(SUMS, sft.sum_over_processes(list(sums.values()), args.device)))
         if rank == 0:
             seconds = time.time() - start
-            line = log_line(step, order, sums, world, norm, lr, seconds, bool(urls))
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            line = log_line(step, order, sums, world, norm, lr, skipped, seconds, bool(urls))
+            sft.write_line(log, line)
             for key, value in line.items():
                 if board and value is not None:
                     board.add_scalar(key, value, step)
-            if step == 1 and args.mu == 1 and (line["kl"] or 0) > 1e-3:
-                say(f"NOTE: KL {line['kl']:.1e} at the start: the reference is another model")
             bar.set_postfix(reward=f"{line['reward']:.3f}", kl=f"{line['kl'] or 0:.1e}")
-            if step % args.save_step == 0 or step == steps:
-                sampler.save_trained(model, processor, args, folder)
+        sft.check_skips(in_a_row, args.max_skips)
+        if step % args.save_step == 0 or step == steps or sums["stopping"]:
+            if rank == 0:
+                with sft.writing(folder):
+                    sampler.save_trained(model, processor, args, folder)
+            rest = {"settings": settings, "before": before, "skipped": (skipped, in_a_row)}
+            sft.save_checkpoint(folder, step, args.keep, model, optimizer, rest, args.device)
+        if sums["stopping"]:
+            bar.close()
+            sft.leave(stop, step, steps, say)
+    stop.forget()
 
-    # 5. What it brought.
+    # 6. What it brought.
     after = validate_both(model, processor, val, args)
     if rank == 0:
         print_gain(before, after)
@@ -462,7 +496,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(get_args())
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    sampler.run_script(main, get_args())

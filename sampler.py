@@ -21,11 +21,14 @@ one of three that it scores best. `eval.py --paper` goes back; the README has th
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
+import sys
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
@@ -48,6 +51,19 @@ TINY_VLM, TINY_SAM = ASSETS / "tiny_vlm", ASSETS / "tiny_sam" / "model.safetenso
 
 class InputError(ValueError):
     """Bad input: one line that says what was found, what was expected and what mends it."""
+
+
+def run_script(main, args):
+    """main(args); what a user can mend (bad input, a full disk, Ctrl-C) ends in one line."""
+    try:
+        main(args)
+    except (InputError, OSError) as error:
+        # a data worker's error comes with its traceback: the last line is ours
+        line = str(error).strip().splitlines()[-1].removeprefix("sampler.InputError: ")
+        raise SystemExit(f"error: {line}") from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 # What a damaged pickle makes an unpickler raise: it runs whatever bytes it finds as instructions.
@@ -112,40 +128,6 @@ def check_device(device):
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
         raise InputError(f"--device {device} cannot be used: {why} (--device cpu works)") from None
-
-
-def start_run(args):
-    """Begin a stage of training: (rank, world, local_rank, folder).
-
-    Joins the group of processes that torchrun started, if any (else 0, 1, 0; nccl on CUDA, gloo on
-    CPU), gives args.device its number, and makes <log_dir>/<version_name> with args.json in it.
-    """
-    folder = Path(args.log_dir) / args.version_name
-    if Path(args.model_path).resolve() == folder.resolve():  # its own base, or its own reference
-        raise InputError(f"--model_path {folder} would be overwritten: give a new --version_name")
-    rank, world, local_rank = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    if args.device == "cuda":  # before it is tried: every process would open the first one
-        args.device = f"cuda:{local_rank}"
-    check_device(args.device)
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
-    if world > 1:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
-    return rank, world, local_rank, folder
-
-
-def sum_gradients(parameters):
-    """Sum gradients over all processes, also over one that had nothing to train on."""
-    for parameter in parameters if dist.is_initialized() else ():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
 
 
 def load_policy(path=TINY_VLM, device="cpu", dtype=None):
@@ -217,6 +199,18 @@ def vision_tokens(model):
     names = ("image", "video", "vision_start", "vision_end")
     ids = [getattr(model.config, f"{name}_token_id", None) for name in names]
     return [token for token in ids if token is not None]
+
+
+def fingerprint(model, processor):
+    """16 hex digits that tell one policy from another: of the tokenizer's vocabulary and, of every
+    parameter, its name, dtype, shape and about 256 of its numbers (all would take a while)."""
+    digest = hashlib.sha256(json.dumps(sorted(processor.tokenizer.get_vocab().items())).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 256)].float().cpu()  # as float32 nothing is lost
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def to_device(inputs, model):

@@ -13,8 +13,12 @@
    `--lora_rank 0` trains all parameters. Cosine schedule with warm-up, clipped gradients.
 4. The result is a Hugging Face folder, <log_dir>/<version_name>, and in its adapter/ the adapter in
    PEFT's layout.
+5. Nothing is lost: every `--save_step` updates all that the next update depends on goes into a
+   checkpoint, and `--resume` goes on from it as if nothing had happened, on a CPU bit for bit.
+   Ctrl-C and SIGTERM finish the update, save and leave. GRPO's runs are kept by the same functions.
 
     python sft.py                                   # the demo: minutes on two CPU cores
+    python sft.py --resume                          # go on with a run that was cut off
     torchrun --nproc_per_node 4 sft.py --model_path Qwen/Qwen3-VL-8B-Instruct \\
         --data_root /path/to/RRSIS-D --option RRSISD --gradient_checkpointing
 
@@ -22,10 +26,19 @@ The demo is this same recipe with numbers of its own, in DEFAULTS below.
 """
 
 import argparse
+import hashlib
 import json
 import math
+import os
+import random
+import shutil
+import signal
 import time
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -34,7 +47,7 @@ from tqdm import tqdm
 
 import data
 import sampler
-from eval import print_gain, validate_both
+from eval import digest, print_gain, validate_both
 from sampler import InputError
 
 # (the recipe for an 8 B model, the demo): a small model wants a larger learning rate, has no use
@@ -45,6 +58,7 @@ DEFAULTS = dict(
     batch_size=(1, 16),
     accumulate=(8, 2),
     max_step=(0, 370),
+    save_step=(500, 50),
     point_ratio=(0.5, 0.4),
     val_batch_size=(8, 64),
 )
@@ -85,21 +99,30 @@ def get_args(argv=None):
     # system and output
     on_off = argparse.BooleanOptionalAction
     add("--gradient_checkpointing", action=on_off, default=False, help="less memory, more time")
+    add("--skip_bad", action=on_off, default=False, help="leave bad records out, and list them")
     add("--workers", type=int, default=0, help="processes that load data")
     add("--seed", type=int, default=0, help="of data order, tasks, jitter and dropout")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--log_dir", default="runs", help="results go to <log_dir>/<version_name>")
     add("--version_name", default="sft", help="name of this run")
     add("--merge", action=on_off, default=True, help="write merged weights beside the adapter")
-    add("--save_step", type=int, default=500, help="save every so many updates, and at the end")
+    add("--save_step", type=int, help="save every so many updates, and at the end")
+    add("--keep", type=int, default=2, help="checkpoints that stay")
+    add("--resume", action=on_off, default=False, help="go on from the last checkpoint")
+    add(
+        "--max_skips",
+        type=int,
+        default=5,
+        help="end after so many updates in a row with nan or inf",
+    )
     add("--val_limit", type=int, default=200, help="validation samples before and after; 0: none")
     add("--val_batch_size", type=int, help="validation samples per process and batch")
     args = parser.parse_args(argv)
     for key, (recipe, demo) in DEFAULTS.items():
         if getattr(args, key) is None:
             setattr(args, key, demo if args.option == "demo" else recipe)
-    if min(args.batch_size, args.accumulate, args.save_step) < 1:
-        parser.error("--batch_size, --accumulate and --save_step start at 1")
+    if min(args.batch_size, args.accumulate, args.save_step, args.keep, args.max_skips) < 1:
+        parser.error("--batch_size, --accumulate, --save_step, --keep and --max_skips start at 1")
     if min(args.val_limit, args.max_step, args.lora_rank, args.seed, args.workers) < 0:
         parser.error("--val_limit, --max_step, --lora_rank, --seed and --workers start at 0")
     if not args.max_step and args.epochs <= 0:
@@ -120,16 +143,6 @@ def answer_loss(model, batch):
     return F.cross_entropy(logits, labels[predicts], reduction="sum"), int(predicts.sum())
 
 
-def reduce_gradients(parameters, totals):
-    """Sum gradients and totals (3,) over all processes, then divide by the answer tokens."""
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    sampler.sum_gradients(parameters)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad /= totals[1]
-
-
 def cosine(step, steps, warmup):
     """Factor of the learning rate: a linear rise, then half a cosine to 0."""
     rise = max(1, round(warmup * steps))
@@ -138,12 +151,282 @@ def cosine(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+# ------------------------------------------------------------------------- processes
+
+
+def start_run(args):
+    """Begin a stage of training: (rank, world, local_rank, folder).
+
+    Joins the group of processes that torchrun started, if any (else 0, 1, 0; nccl on CUDA, gloo on
+    CPU), gives args.device its number, and names the folder, <log_dir>/<version_name>.
+    """
+    folder = Path(args.log_dir) / args.version_name
+    if Path(args.model_path).resolve() == folder.resolve():  # its own base, or its own reference
+        raise InputError(f"--model_path {folder} would be overwritten: give a new --version_name")
+    rank, world, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if args.device == "cuda":  # before it is tried: every process would open the first one
+        args.device = f"cuda:{local_rank}"
+    sampler.check_device(args.device)
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
+    if world > 1:
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    return rank, world, local_rank, folder
+
+
+def sum_over_processes(values, device):
+    """Numbers, each summed over all processes."""
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def sum_gradients(parameters):
+    """Sum gradients over all processes, also over one that had nothing to train on."""
+    for parameter in parameters if dist.is_initialized() else ():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+
+
+class Stop:
+    """SIGTERM and Ctrl-C as a wish that the loop grants when its update is whole. `signal` is the
+    number of the one that came, else 0."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+
+    def forget(self):
+        """From here on both end the process as they usually do."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def leave(stop, step, steps, say):
+    """End a run that was asked to stop, with the status that shells give for the signal."""
+    number = stop.signal or signal.SIGTERM  # the signal may have reached another process only
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    say(f"stopped by {name} after update {step} of {steps}, saved: --resume goes on from there")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    raise SystemExit(128 + number)
+
+
+def ignore_signals(*_):
+    """For workers: a Ctrl-C reaches them too, and the loop still needs them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------- the log
+
+
+def write_line(log, line):
+    """One JSON object a line; what is not finite is null, as JSON has no nan."""
+    finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
+    with writing(log.name):
+        log.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
+        log.flush()
+
+
+def check_skips(in_a_row, most):
+    """InputError after `most` updates in a row that had to be skipped."""
+    if in_a_row >= most:
+        raise InputError(
+            f"{in_a_row} updates in a row had a loss or gradient that is nan or infinite, and were "
+            "skipped: start again with a lower --lr (the weights saved so far are finite)"
+        )
+
+
+# ------------------------------------------------------------------------- checkpoints
+# <run>/checkpoints/<update>/rank<r>of<n>.pt: what process r needs to go on as if it had never
+# stopped, and beside it its sha256. Process 0 also holds what all have in common.
+
+# settings that may differ when a run goes on; all others must be those of the run. What
+# --model_path and --data_root lead to is compared, not the paths.
+FREE = (
+    "model_path data_root log_dir version_name resume keep save_step max_skips merge workers device"
+)
+FREE += " gradient_checkpointing skip_bad val_limit val_batch_size ref_url ref_device ref_patience"
+
+
+def settings_of(args, world, model, processor, samples):
+    """What makes a run this run, as it was begun: a checkpoint of another one is refused."""
+    settings = {key: value for key, value in vars(args).items() if key not in FREE.split()}
+    settings |= {"number of processes": world, "dtype of the model": str(model.dtype)}
+    settings["model (fingerprint)"] = sampler.fingerprint(model, processor)
+    return {**settings, "data (checksum)": digest(samples)}
+
+
+def random_state(device):
+    """Of all generators, in types that torch.load takes without running code."""
+    name, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    state["torch"] = torch.get_rng_state()
+    if device.startswith("cuda"):
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state, device):
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and device.startswith("cuda"):
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def writing(path):
+    """A write that fails (a full disk) is one line; what was written before is still there."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        why = str(error).strip().splitlines()[0][:150]
+        raise InputError(
+            f"cannot write {path} ({why}): is the disk full? Earlier checkpoints are whole: make "
+            "room and go on with --resume"
+        ) from None
+
+
+def save_checkpoint(folder, step, keep, model, optimizer, rest, device):
+    """All processes call it. `rest`: what else to go on with, numbers and text.
+
+    Written beside and renamed, so that a checkpoint is there as a whole or not at all; the last
+    `keep` stay.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    wait = dist.barrier if world > 1 else lambda: None
+    own = {"random": random_state(device)}
+    # ZeroRedundancyOptimizer: every process has a share of the state; else all have the same
+    share = getattr(optimizer, "optim", optimizer)
+    if rank == 0 or share is not optimizer:
+        own["optimizer"] = share.state_dict()
+    if rank == 0:
+        trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        own |= {"step": step, "trained": trained, **rest}
+    new = folder / "checkpoints" / "new"
+    path = new / f"rank{rank}of{world}.pt"
+    with writing(new):
+        if rank == 0:
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while saving
+            new.mkdir(parents=True)
+    wait()
+    with writing(path):
+        torch.save(own, path)
+        path.with_suffix(".sha256").write_text(f"{sha256(path)}  {path.name}\n")
+    wait()
+    if rank == 0:
+        os.replace(new, folder / "checkpoints" / f"{step:08}")
+        for old in checkpoints_in(folder)[:-keep]:
+            shutil.rmtree(old)
+    wait()  # nobody goes on, or ends, before it is there
+
+
+def checkpoints_in(folder):
+    """The oldest first."""
+    return sorted(path for path in folder.glob("checkpoints/*") if path.name.isdigit())
+
+
+def damage(checkpoint):
+    """What is wrong with a checkpoint, or None."""
+    names = sorted(path.name for path in checkpoint.glob("rank*.pt"))
+    world = int(names[0].removesuffix(".pt").partition("of")[2]) if names else 1
+    for path in (checkpoint / f"rank{rank}of{world}.pt" for rank in range(world)):
+        if not path.is_file() or not path.with_suffix(".sha256").is_file():
+            return f"{path.name} or its sha256 is missing"
+        if path.with_suffix(".sha256").read_text().split()[:1] != [sha256(path)]:
+            return f"{path.name} is not what was written"
+    return None
+
+
+def load_checkpoint(folder, settings, rank, world, device):
+    """The newest checkpoint that is whole, as save_checkpoint's dict of process 0 with this
+    process's own entries in it; None if there is none. InputError if it is another run's."""
+    step = 0
+    for path in reversed(checkpoints_in(folder)) if rank == 0 else ():
+        problem = damage(path)
+        if problem is None:
+            step = int(path.name)
+            break
+        os.replace(path, path.with_name(f"{path.name}.damaged"))
+        print(f"NOTE: checkpoint {path} is damaged ({problem}): the one before it is used")
+    (step,) = sum_over_processes([step], device)  # process 0 has looked for all
+    if not step:
+        if rank == 0:
+            print(f"no checkpoint in {folder}: the run starts from the beginning")
+        return None
+    path = folder / "checkpoints" / f"{int(step):08}"
+    # NOTE: weights_only, so that a checkpoint from elsewhere cannot run code
+    read = lambda rank: torch.load(path / f"rank{rank}of{world}.pt", "cpu", weights_only=True)
+    count = len(list(path.glob("rank*.pt")))
+    if count != world:
+        raise InputError(f"--resume: {path} is of {count} processes, not of {world}: start as many")
+    try:
+        saved = {**read(0), **read(rank)}
+    except (RuntimeError, *sampler.UNPICKLING_ERRORS) as error:
+        raise InputError(f"--resume: {path} is no checkpoint ({error!r:.80}): remove it") from None
+    for key, value in settings.items():
+        if saved["settings"].get(key) != value:
+            raise InputError(
+                f"--resume: {key} was {saved['settings'].get(key)} and is {value} now: repeat the "
+                f"settings of the run ({folder}/args.json), or begin another with --version_name"
+            )
+    return saved
+
+
+def restore(saved, model, optimizer, device):
+    """Put everything where it was when `saved` was written."""
+    parameters = dict(model.named_parameters())
+    for name, value in saved["trained"].items():
+        parameters[name].data.copy_(value)
+    getattr(optimizer, "optim", optimizer).load_state_dict(saved["optimizer"])
+    set_random_state(saved["random"], device)
+
+
+def open_log(folder, args, step):
+    """train.jsonl, to go on after update `step`: what an interrupted run wrote behind its last
+    checkpoint is cut off, as it comes again. An earlier run of this name is moved, not lost."""
+    path = folder / "train.jsonl"
+    if path.exists() and not args.resume:
+        aside = next(f"{folder}.{i}" for i in count(1) if not Path(f"{folder}.{i}").exists())
+        os.replace(folder, aside)
+        print(f"NOTE: the run that was in {folder} is in {aside} now (--resume would continue it)")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
+        lines = path.read_text().splitlines()[:step] if path.exists() else []  # one an update
+        path.with_suffix(".new").write_text("".join(line + "\n" for line in lines))
+        os.replace(path.with_suffix(".new"), path)
+    return open(path, "a")
+
+
 # ------------------------------------------------------------------------- main
 
 
 def main(args):
-    # 1. Processes, folder, model.
-    rank, world, _, folder = sampler.start_run(args)
+    # 1. Processes, model, data; with --resume, the last checkpoint.
+    rank, world, _, folder = start_run(args)
     on_gpu = args.device.startswith("cuda")
     say = print if rank == 0 else lambda *_: None
     trainable, val = data.load_for_training(args, rank)
@@ -151,7 +434,9 @@ def main(args):
     dtype = torch.bfloat16 if on_gpu and args.lora_rank else torch.float32
     model, processor = sampler.load_policy(args.model_path, args.device, dtype)
     say(f"model: {args.model_path}, {len(trainable)} refs of {args.option}/{args.split}")
-    before = validate_both(model, processor, val, args)
+    settings = settings_of(args, world, model, processor, trainable)
+    saved = load_checkpoint(folder, settings, rank, world, args.device) if args.resume else None
+    before = saved["before"] if saved else validate_both(model, processor, val, args)
 
     # 2. What is trained.
     torch.manual_seed(args.seed + rank)
@@ -160,57 +445,86 @@ def main(args):
         args.epochs * len(trainable) / (args.batch_size * world * args.accumulate)
     )
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine(step, steps, args.warmup)
-    )
     share = sum(p.numel() for p in trained) / sum(p.numel() for p in model.parameters())
     say(f"{sum(p.numel() for p in trained):,} trained parameters ({share:.1%}), {steps} updates")
 
-    # 3. The loop.
+    # 3. Where the walk through the data, and all else, stands.
+    done = saved["step"] if saved else 0
+    skipped, in_a_row = saved["skipped"] if saved else (0, 0)
     frame_of = lambda width, height: sampler.answer_frame(model, processor, width, height)
+    order = data.Order(len(trainable), args, rank, world)
+    order.set_epoch(*divmod(done * args.accumulate, len(order.batches)))
     loader = DataLoader(
         data.Questions(trainable, frame_of, args),
-        batch_sampler=data.Order(len(trainable), args, rank, world),
+        batch_sampler=order,
         collate_fn=lambda rows: data.collate(processor, *zip(*rows)),
         num_workers=args.workers,
         multiprocessing_context="fork" if args.workers else None,  # the lambdas cannot be pickled
+        worker_init_fn=ignore_signals,
     )
     batches = iter(loader)
-    log = open(folder / "train.jsonl", "w") if rank == 0 else None
-    bar = tqdm(range(1, steps + 1), desc="SFT", disable=rank > 0)
+    log = open_log(folder, args, done) if rank == 0 else None
+    if saved:
+        restore(saved, model, optimizer, args.device)
+        say(f"going on after update {done}")
+        del saved
+
+    # 4. The loop.
+    stop = Stop()
+    bar = tqdm(range(done + 1, steps + 1), "SFT", initial=done, total=steps, disable=rank > 0)
     for step in bar:
         start = time.time()
-        totals = torch.zeros(3, device=args.device)  # summed loss, answer tokens, all tokens
+        lr = args.lr * cosine(step - 1, steps, args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums = np.zeros(3)  # loss, answer tokens, all tokens
         for _ in range(args.accumulate):
             batch = {key: value.to(args.device) for key, value in next(batches).items()}
             tokens = int(batch["attention_mask"].sum())
             with sampler.mixed_precision(model):
                 loss, answer_tokens = answer_loss(model, batch)
             loss.backward()
-            totals += torch.tensor([loss.item(), answer_tokens, tokens], device=args.device)
-        reduce_gradients(trained, totals)
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        optimizer.step()
+            sums += [loss.item(), answer_tokens, tokens]
+        loss, answer_tokens, tokens, stopping = sum_over_processes(
+            [*sums, stop.signal], args.device
+        )
+        sum_gradients(trained)
+        for parameter in trained:
+            if parameter.grad is not None:
+                parameter.grad /= answer_tokens
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip).item()
+        if math.isfinite(loss + norm):  # NOTE: one nan in the weights and all is nan from then on
+            optimizer.step()
+            in_a_row = 0
+        else:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
         optimizer.zero_grad()
-        lr = schedule.get_last_lr()[0]
-        schedule.step()
         if rank == 0:
             seconds = time.time() - start
             line = {
                 "step": step,
-                "loss": totals[0].item() / totals[1].item(),
-                "grad_norm": norm.item(),
+                "loss": loss / answer_tokens,
+                "grad_norm": norm,
                 "lr": lr,
-                "tokens_per_s": totals[2].item() / seconds,
+                "skipped": skipped,
+                "tokens_per_s": tokens / seconds,
                 "seconds": seconds,
             }
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            write_line(log, line)
             bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
-            if step % args.save_step == 0 or step == steps:
-                sampler.save_trained(model, processor, args, folder)
+        check_skips(in_a_row, args.max_skips)
+        if step % args.save_step == 0 or step == steps or stopping:
+            if rank == 0:
+                with writing(folder):
+                    sampler.save_trained(model, processor, args, folder)
+            rest = {"settings": settings, "before": before, "skipped": (skipped, in_a_row)}
+            save_checkpoint(folder, step, args.keep, model, optimizer, rest, args.device)
+        if stopping:
+            bar.close()
+            leave(stop, step, steps, say)
+    stop.forget()
 
-    # 4. What it brought.
+    # 5. What it brought.
     after = validate_both(model, processor, val, args)
     if rank == 0:
         print_gain(before, after)
@@ -221,9 +535,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(get_args())
-    except InputError as error:
-        # a data worker's error comes with its traceback: the last line is ours
-        line = str(error).strip().splitlines()[-1].removeprefix("sampler.InputError: ")
-        raise SystemExit(f"error: {line}") from None
+    sampler.run_script(main, get_args())

@@ -16,6 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 TINY = str(ROOT / "assets" / "tiny_vlm")
 
 
+def pytest_configure(config):
+    """Plain `pytest` leaves the slow tests out, `pytest -m slow` runs them."""
+    config.addinivalue_line("markers", "slow: takes minutes")
+    config.option.markexpr = config.option.markexpr or "not slow"
+
+
 def serve(*options, **environment):
     """(process, port) of a reference server of the tiny model that listens."""
     from ref_server import child_port

@@ -155,8 +155,8 @@ def lines_of(folder):
 
 
 KEYS = """step epoch reward reward_box reward_point reward_format reward_std dropped policy_loss kl
-clipped length truncated rollout_gap grad_norm lr tokens_per_s seconds_rollout seconds_reference
-seconds_scoring seconds_update seconds""".split()
+clipped length truncated rollout_gap grad_norm lr skipped tokens_per_s seconds_rollout
+seconds_reference seconds_scoring seconds_update seconds""".split()
 
 
 def test_the_shortest_real_command_writes_what_the_contract_says(run, small_set, tmp_path):
@@ -248,6 +248,19 @@ def test_the_same_seed_gives_the_same_run(train):
     assert first == timeless(train(common)) != timeless(train(f"{common} --seed 1"))
 
 
+def test_a_loss_that_is_not_finite_is_skipped_and_five_in_a_row_are_an_error(
+    train, monkeypatch, tmp_path
+):
+    whole = grpo.policy_loss
+    broken = lambda *args: (whole(*args)[0] * float("nan"), *whole(*args)[1:])
+    monkeypatch.setattr(grpo, "policy_loss", broken)
+    with pytest.raises(sampler.InputError, match="5 updates in a row"):
+        train("--max_step 9 --batch_size 2 --beta 0 --temperature 2")
+    lines = lines_of(tmp_path / "grpo")
+    assert lines[-1]["skipped"] >= 5 and len(lines) < 9 and lines[-1]["grad_norm"] is None
+    assert not (tmp_path / "grpo" / "model.safetensors").exists()
+
+
 def test_a_missing_sft_model_is_named_with_the_command_that_makes_it(run, small_set):
     message = run(f"grpo.py --data_root {small_set}", fails=True)
     assert "python sft.py" in message and message.count("\n") == 1
@@ -267,13 +280,14 @@ def test_a_model_that_would_be_its_own_reference_is_refused(run):
 
 # Real runs whose groups do not depend on how prompts are spread over processes: each prompt is
 # sampled alone, with a seed of its own. RANK1_IDLE: the second process never has a group to use.
+# RANK1_NAN: its first loss is nan.
 PATCHED = """
 import os, sys, zlib
 import torch
 sys.path.insert(0, ROOT)
-import grpo, sampler
+import grpo, sampler, sft
 from safetensors.torch import save_file
-sample, roll_out, add_up = sampler.sample_group, grpo.roll_out, grpo.sum_gradients
+sample, roll_out, add_up = sampler.sample_group, grpo.roll_out, sft.sum_gradients
 
 def by_prompt(model, processor, prompt, group, longest, temperature):
     parts = []
@@ -300,9 +314,12 @@ def keep(parameters):
         save_file(grads, GRADIENTS)
 
 GRADIENTS = sys.argv.pop()
-sampler.sample_group, grpo.sum_gradients = by_prompt, keep
+sampler.sample_group, sft.sum_gradients = by_prompt, keep
 if os.environ.get("RANK1_IDLE"):
     grpo.roll_out = idle
+if os.environ.get("RANK1_NAN") and os.environ.get("RANK") == "1":
+    whole, factors = grpo.policy_loss, iter([float("nan")])
+    grpo.policy_loss = lambda *a: (whole(*a)[0] * next(factors, 1), *whole(*a)[1:])
 grpo.main(grpo.get_args())
 """
 
@@ -348,6 +365,12 @@ def test_two_processes_take_the_step_of_one_on_the_same_groups(start_patched, op
 def test_a_process_without_a_usable_group_does_not_hang_the_others(start_patched):
     lines, _ = start_patched("--max_step 2 --batch_size 2 --mu 2 --beta 0", 2, RANK1_IDLE="1")
     assert len(lines) == 2 and all(line["grad_norm"] > 0 for line in lines)
+
+
+def test_a_nan_in_one_process_makes_all_skip_the_update(start_patched):
+    lines, _ = start_patched("--max_step 2 --batch_size 2 --beta 0", 2, RANK1_NAN="1")
+    assert [line["skipped"] for line in lines] == [1, 1]
+    assert lines[0]["grad_norm"] is None and lines[1]["grad_norm"] > 0
 
 
 def test_gradients_of_two_halves_add_up_to_those_of_the_whole():
