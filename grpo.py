@@ -63,7 +63,7 @@ DEFAULTS = dict(
     val_limit=(200, 100),
     val_batch_size=(8, 64),
 )
-_URL = re.compile(r"http://[^/\s:]+:[0-9]{1,5}/?")
+_URL = re.compile(r"http://[\w.-]+:[0-9]{1,5}/?")
 
 
 def get_args(argv=None):
@@ -141,21 +141,16 @@ def get_args(argv=None):
             if key == "lr" and not args.lora_rank:
                 args.lr /= 10
     args.model_path = args.model_path or str(Path(args.log_dir) / "sft")
-    counts = "batch_size accumulate save_step keep max_skips mu max_new_tokens".split()
-    if min(getattr(args, name) for name in counts) < 1:
-        parser.error(", ".join(f"--{name}" for name in counts) + " start at 1")
-    if min(args.val_limit, args.max_step, args.lora_rank, args.seed) < 0 or args.beta < 0:
-        parser.error("--val_limit, --max_step, --lora_rank, --seed and --beta start at 0")
+    counts = "batch_size accumulate save_step keep max_skips mu max_new_tokens val_batch_size"
+    sft.check_range(parser, args, counts, 1)
+    sft.check_range(parser, args, "group", 2)  # one alone has nothing to be compared with
+    names = "val_limit max_step lora_rank seed beta lr weight_decay jitter eps_high"
+    sft.check_range(parser, args, names, 0)
+    ratios = "point_ratio miss_ratio think_ratio warmup eps_low"
+    sft.check_range(parser, args, ratios, 0, 1)
+    sft.check_range(parser, args, "clip temperature ref_patience", 1e-9)
     if args.ref_url and not all(map(_URL.fullmatch, args.ref_url.split(","))):
         parser.error("--ref_url is http://host:port, or several, comma-separated")
-    ratios = (args.point_ratio, args.miss_ratio, args.think_ratio, args.warmup, args.eps_low)
-    if not all(0 <= ratio <= 1 for ratio in ratios) or args.eps_high < 0 or args.clip <= 0:
-        parser.error("ratios, --warmup and --eps_low are 0 to 1, --eps_high from 0, --clip above 0")
-    if args.group < 2 or min(args.temperature, args.ref_patience) <= 0:
-        parser.error(
-            "--group starts at 2 (one has nothing to compare with); --temperature and "
-            "--ref_patience are above 0"
-        )
     if not args.max_step and args.epochs <= 0:
         parser.error("nothing to do: set --epochs or --max_step")
     return args
@@ -491,8 +486,7 @@ def main(args):
         dist.barrier()
         dist.destroy_process_group()
     if child:
-        child.terminate()
-        child.wait()
+        ref_server.stop_child(child)
 
 
 if __name__ == "__main__":

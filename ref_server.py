@@ -6,12 +6,15 @@ another GPU or another machine.
 
     POST /logps    safetensors in: input_ids, attention_mask (B, P) and the image of each of B
                    prompts; completions, mask (B*G, C); temperature (). Out: logps (B*G, C)
-    GET  /health   JSON: model, fingerprint (of the tokenizer's vocabulary), vocab_size, dtype
+    GET  /health   JSON: model, fingerprint (of vocabulary and weights), vocab_size, dtype
 
 Only the standard library's http.server and safetensors: nothing that arrives is ever unpickled or
 run, a bad request gets a 4xx and one line that says what was expected, and the server lives on. It
 listens on 127.0.0.1 unless told otherwise. If REF_TOKEN is set in the environment, clients need
 the same; set it wherever others can reach the port.
+
+A server may be stopped and started again while training goes on: the client waits and says so. It
+sends the policy's fingerprint with every request (If-Match), so another model is noticed (412).
 
     python ref_server.py --model_path runs/sft
     python grpo.py --ref_url http://127.0.0.1:59875
@@ -20,7 +23,6 @@ the same; set it wherever others can reach the port.
 """
 
 import argparse
-import hashlib
 import hmac
 import json
 import math
@@ -32,7 +34,8 @@ import subprocess
 import sys
 import threading
 import time
-from http.client import HTTPConnection, HTTPException
+from contextlib import closing
+from http.client import HTTPConnection, HTTPException, IncompleteRead, InvalidURL
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
 from pathlib import Path
@@ -45,9 +48,24 @@ from sampler import InputError
 
 MOST_TOKENS = 2**18  # of one request, with a prompt for every completion, as attention has it
 MOST_PAIRS = 2**27  # of tokens that attention compares
-PROMPT = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}
-ANSWERS = ("completions", "mask", "temperature")
-REQUEST = PROMPT | set(ANSWERS)
+MOST_HEADER = 2**16  # bytes of names and shapes in front of the tensors
+QUIET = 10  # seconds of silence after which a client says that it waits
+ENDING = signal.SIGTERM, signal.SIGINT
+SMALLER = "send fewer prompts at once (--batch_size)"
+NO_TOKEN = "expected 'Authorization: Bearer ...' with this server's token: set REF_TOKEN to it"
+
+IDS, FLAGS = (torch.int64,), (torch.bool, torch.int64, torch.int32)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REQUEST = {  # what a request holds, and of which types it may be
+    "input_ids": IDS,  # (B, P)
+    "attention_mask": FLAGS,  # (B, P)
+    "mm_token_type_ids": FLAGS,  # (B, P)
+    "pixel_values": FLOATS,  # (patches of all images, numbers of a patch)
+    "image_grid_thw": IDS,  # (B, 3)
+    "completions": IDS,  # (B*G, C)
+    "mask": FLAGS,  # (B*G, C)
+    "temperature": FLOATS,  # ()
+}
 
 
 def get_args(argv=None):
@@ -69,20 +87,64 @@ def get_args(argv=None):
     return args
 
 
-def fingerprint(processor):
-    """Of the tokenizer's vocabulary: a reference with another one would score other words."""
-    vocabulary = sorted(processor.tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
-
-
 def describe(model, processor, path):
     """What /health says, and what a client expects it to say of its own model."""
-    size, dtype = model.get_input_embeddings().num_embeddings, str(model.dtype)[len("torch.") :]
-    known = {"fingerprint": fingerprint(processor), "vocab_size": size, "dtype": dtype}
-    return {"model": str(path), **known}
+    return {
+        "model": str(path),
+        "fingerprint": sampler.fingerprint(model, processor),
+        "vocab_size": model.get_input_embeddings().num_embeddings,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def check(condition, line):
+    if not condition:
+        raise InputError(line)
+
+
+def unpack(body):
+    """{name: tensor} from bytes in safetensors format; InputError if they are not."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    header = int.from_bytes(body[:8], "little")
+    found = f"expected safetensors format, with a header of {MOST_HEADER} bytes at most; found"
+    check(header <= MOST_HEADER, f"{found} one of {header}")
+    try:
+        return load(body)
+    except (SafetensorError, KeyError, RuntimeError) as error:  # an unknown dtype, a mad shape
+        raise InputError(f"expected safetensors format; found {error}") from None
 
 
 # ------------------------------------------------------------------------- client
+
+
+ENDED = "it says why above (-9: killed, mostly for memory; --ref_device, --ref_url)"
+FAULTS = (  # of a connection, as a user would put it; the first that fits
+    (ConnectionRefusedError, "it refused the connection"),
+    (ConnectionError, "it closed the connection"),
+    (TimeoutError, "it fell silent"),
+    (IncompleteRead, "it answered half"),
+    (HTTPException, "it did not answer in HTTP"),
+)
+
+
+def exchange(url, method, path, body, headers, timeout, most):
+    """One request: the answer's status and its content, which is of at most `most` bytes.
+
+    Raises what FAULTS holds, or another OSError. timeout: seconds of silence.
+    """
+    with closing(HTTPConnection(urlsplit(url).netloc, timeout=timeout)) as connection:
+        try:
+            connection.request(method, path, body, headers)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it answered before it had read all: the answer says why
+        answer = connection.getresponse()
+        if answer.length is None:  # a reference always says how much follows: its head broke off
+            raise IncompleteRead(b"")
+        found = f"{url} answers with {answer.length} bytes, a reference with {most} at most"
+        check(answer.length <= most, f"{found}: is `python ref_server.py` running there?")
+        return answer.status, answer.read()
 
 
 class Reference:
@@ -93,103 +155,142 @@ class Reference:
         which server comes first (the rank). patience: seconds, also for every later request.
         child: the server's process, if it is one's own: there is no waiting for one that ended."""
         self.urls, self.turn, self.patience, self.child = urls, turn, patience, child
-        self.models = []
-        for url in urls:
-            content = self.ask(url, "GET", "/health")
-            try:
-                found = {key: json.loads(content)[key] for key in expected}
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"what answers at {url} is no reference server") from None
-            for key in ("vocab_size", "fingerprint", "dtype"):
-                if found[key] != expected[key]:
-                    mend = "the model that training starts from"
-                    mend = f"--dtype {expected[key]}" if key == "dtype" else mend
-                    raise InputError(
-                        f"the reference at {url} ({found['model']}) has {key} {found[key]}, the "
-                        f"policy {expected[key]}: start ref_server.py with {mend}"
-                    )
-            self.models.append(found["model"])
+        self.expected, self.quiet, self.waiting = expected, QUIET, set()  # waiting: for which URLs
+        self.headers = {"If-Match": f'"{expected["fingerprint"]}"'}
+        if token := os.environ.get("REF_TOKEN"):
+            self.headers["Authorization"] = f"Bearer {token}".encode()
+        model, dtype = expected["model"], expected["dtype"]
+        self.mend = f"start `python ref_server.py --model_path {model} --dtype {dtype}` there"
+        self.models = [self.find_model(url) for url in urls]
+
+    def find_model(self, url):
+        """The name of the model at `url`; InputError if it is not the policy's."""
+        content = self.ask(url, "GET", "/health")
+        try:
+            found = {key: json.loads(content)[key] for key in self.expected}
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"what answers at {url} is no reference server: {self.mend}") from None
+        for key in ("vocab_size", "dtype", "fingerprint"):
+            if found[key] != self.expected[key]:
+                raise InputError(
+                    f"the reference at {url} ({found['model']}) has {key} {found[key]}, the "
+                    f"policy {self.expected[key]}: {self.mend}"
+                )
+        return found["model"]
 
     def logps(self, prompt, completions, mask, temperature):
         """log p_ref(completions), float32 (B*G, C): see sampler.completion_logps."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load, save
+        from safetensors.torch import save
 
         tensors = {key: value.cpu().contiguous() for key, value in prompt.items()}
         tensors |= {"completions": completions.cpu(), "mask": mask.cpu()}
         tensors["temperature"] = torch.tensor(float(temperature))
         url, self.turn = self.urls[self.turn % len(self.urls)], self.turn + 1
+        most = 4 * completions.numel() + MOST_HEADER
+        content = self.ask(url, "POST", "/logps", save(tensors), most)
         try:
-            logps = load(self.ask(url, "POST", "/logps", save(tensors)))["logps"]
-        except (SafetensorError, KeyError) as error:
-            raise InputError(f"{url} did not answer in safetensors ({error})") from None
-        if logps.shape != completions.shape or not logps.isfinite().all():
-            raise InputError(f"the reference at {url} gave log-probs {tuple(logps.shape)} or nan")
+            logps = unpack(content)["logps"]
+        except (InputError, KeyError) as error:
+            raise InputError(f"{url} did not answer with logps ({error}): {self.mend}") from None
+        sound = logps.shape == completions.shape and logps.dtype == torch.float32
+        if not sound or not logps.isfinite().all():
+            found = f"{logps.dtype} {tuple(logps.shape)}" if not sound else "nan or infinity"
+            raise InputError(
+                f"the reference at {url} gave {found}, expected finite float32 "
+                f"{tuple(completions.shape)}: {self.mend}"
+            )
         return logps
 
-    def ask(self, url, method, path, body=None):
-        """One request; a server that is starting or busy is asked again, for `patience` seconds."""
-        start, pause, said = time.time(), 0.1, False
-        token = os.environ.get("REF_TOKEN")
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        while True:
-            if self.child and self.child.poll() is not None:
-                raise InputError(f"the reference server ended, code {self.child.returncode}")
-            try:
-                connection = HTTPConnection(urlsplit(url).netloc, timeout=max(1, self.patience))
-                try:
-                    connection.request(method, path, body, headers)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # it answered before it had read all: the answer says why
-                answer = connection.getresponse()
-                content = answer.read()
-                connection.close()
-            except (OSError, HTTPException) as error:
-                why = str(error) or repr(error)
-            else:
-                if answer.status == 200:
-                    return content
-                why = content.decode(errors="replace").strip()[:300].partition("\n")[0]
-                if answer.status != 503:
-                    raise InputError(f"the reference at {url} refused {path}: {why}")
-            if time.time() - start > self.patience:
-                waited, self.patience = self.patience, 0  # what is still queued fails at once
-                raise InputError(
-                    f"no reference at {url} in {waited:.0f} s ({why}): is `python ref_server.py` "
-                    "running there?"
-                )
-            if not said and pause > 1:
-                print(f"waiting for the reference at {url} ({why})", flush=True)
-                said = True
-            time.sleep(pause)
-            pause = min(2 * pause, 5)
+    def tell(self, url, why):
+        """That training waits: once, however long and for however many requests."""
+        if url not in self.waiting:
+            self.waiting.add(url)
+            print(f"waiting for the reference at {url}: {why}", flush=True)
+
+    def attempt(self, url, method, path, body, most):
+        """One request: (content, None), or (None, why) where another one may succeed."""
+        try:
+            patience = max(1, self.patience)
+            status, content = exchange(url, method, path, body, self.headers, patience, most)
+        except (InvalidURL, UnicodeError) as error:
+            raise InputError(f"{url}: expected http://host:port ({error})") from None
+        except (OSError, HTTPException) as error:
+            why = next((words for kind, words in FAULTS if isinstance(error, kind)), str(error))
+            self.tell(url, why)
+            return None, why
+        if status == 200:
+            return content, None
+        why = content.decode(errors="replace").strip()[:300].partition("\n")[0]
+        if status >= 500 or status == 408:  # busy, a proxy's server is away, a network that stalled
+            return None, why
+        mend = f"; {self.mend}" if status == 412 else ""
+        raise InputError(f"the reference at {url} refused {path} with {status}: {why}{mend}")
+
+    def ask(self, url, method, path, body=None, most=MOST_HEADER):
+        """What a server answers. One that is starting, gone or busy is asked again, until
+        `patience` seconds have passed since it failed; a silent one is waited for that long."""
+        failed, pause, why = None, 0.1, f"no answer for {self.quiet:.0f} s"
+        late = threading.Timer(self.quiet, lambda: self.tell(url, why))
+        late.start()
+        try:
+            while True:
+                if self.child and self.child.poll() is not None:
+                    code = self.child.returncode
+                    raise InputError(f"the reference server ended, code {code}: {ENDED}")
+                began = time.time()
+                content, why = self.attempt(url, method, path, body, most)
+                if content is not None:
+                    break
+                failed = failed or time.time()
+                if time.time() - min(failed, began) >= self.patience:
+                    waited, self.patience = self.patience, 0  # what is still queued fails at once
+                    raise InputError(
+                        f"no reference at {url} in {waited:.0f} s ({why}): is `python "
+                        "ref_server.py` running there? --ref_patience waits longer"
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, 5)
+        finally:
+            late.cancel()
+        self.quiet = max(self.quiet, 2 * (time.time() - began))  # slow is not silent
+        if url in self.waiting:
+            self.waiting.remove(url)
+            print(f"the reference at {url} answers again", flush=True)
+        return content
 
 
 def start_child(model_path, device, dtype, threads):
     """Start a server of one's own on a free port, with so many threads on a CPU. It ends when this
-    process does: its standard input is a pipe that nobody but this process holds open."""
+    process does: its standard input is a pipe that nobody but this process holds open. Signals do
+    not end it (see main); in a session of its own it does not see the terminal's."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", "--port", "0"]
     command += ["--model_path", str(model_path), "--device", device, "--dtype", dtype]
     # idle threads must not spin on cores that the training uses meanwhile
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(threads)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+    options = {"env": environment, "text": True, "start_new_session": True}
+    return subprocess.Popen(command, **options, **pipes)
 
 
 def child_port(child):
     """The port of a child that was started, as soon as it listens."""
     line = child.stdout.readline()  # "reference: MODEL at http://HOST:PORT"
     if not line:
-        raise InputError(f"the reference server ended with code {child.wait()}: see above")
+        raise InputError(f"the reference server ended, code {child.wait()}: {ENDED}")
     return urlsplit(line.split()[-1]).port
 
 
+def stop_child(child):
+    """End a child that was started. It may have ended already."""
+    child.stdin.close()
+    try:
+        child.wait(20)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
 # ------------------------------------------------------------------------- server
-
-
-def check(condition, line):
-    if not condition:
-        raise InputError(line)
 
 
 def check_request(tensors, model):
@@ -197,17 +298,18 @@ def check_request(tensors, model):
 
     NOTE: an id out of range must not reach a GPU: it ends the whole process, not the request.
     """
-    names, config = set(tensors), model.config
-    check(names <= REQUEST, f"unknown tensors {sorted(names - REQUEST)}")
-    check(REQUEST <= names, f"missing tensors {sorted(REQUEST - names)}")
+    unknown, missing = tensors.keys() - REQUEST.keys(), REQUEST.keys() - tensors.keys()
+    check(not unknown, f"unknown tensors {sorted(unknown)}, expected {', '.join(REQUEST)}")
+    check(not missing, f"missing tensors {sorted(missing)}")
+    for name, types in REQUEST.items():
+        found = tensors[name].dtype
+        check(found in types, f"{name}: expected {' or '.join(map(str, types))}, found {found}")
     for name in ("input_ids", "attention_mask", "mm_token_type_ids", "completions", "mask"):
         value = tensors[name]
-        check(value.dim() == 2 and value.numel(), f"{name}: expected two dimensions, not empty")
-        whole = not (value.is_floating_point() or value.is_complex())
-        check(whole, f"{name}: expected integers, found {value.dtype}")
-    for name in ("input_ids", "completions", "image_grid_thw"):
-        check(tensors[name].dtype == torch.int64, f"{name}: expected int64")
+        found = f"found {tuple(value.shape)}"
+        check(value.dim() == 2 and value.numel(), f"{name}: expected two dimensions, {found}")
     ids, completions, grid = (tensors[k] for k in ("input_ids", "completions", "image_grid_thw"))
+    config = model.config
     for name in ("attention_mask", "mm_token_type_ids"):
         check(tensors[name].shape == ids.shape, f"{name}: expected the shape of input_ids")
     check(tensors["mask"].shape == completions.shape, "mask: expected the shape of completions")
@@ -218,37 +320,40 @@ def check_request(tensors, model):
     tokens = rows * (start + length)
     pairs = batch * start**2 + rows * length * (start + length)
     small = tokens <= MOST_TOKENS and pairs <= MOST_PAIRS
-    check(small, f"{rows} completions of {length} tokens behind {start}: too many for one request")
+    found = f"{rows} completions of {length} tokens behind {start}"
+    check(small, f"{found}: too many for one request, {SMALLER}")
     size = model.get_input_embeddings().num_embeddings
     for name in ("input_ids", "completions"):
-        check(0 <= tensors[name].min() and tensors[name].max() < size, f"{name}: ids up to {size}")
+        least, most = tensors[name].min(), tensors[name].max()
+        found = f"found {least} to {most}"
+        check(0 <= least and most < size, f"{name}: expected ids from 0 to {size - 1}, {found}")
     attention = tensors["attention_mask"].long()
-    check(
-        attention[:, -1].all() and (attention.diff() >= 0).all(), "attention_mask: pad on the left"
-    )
-    is_image = ids == config.image_token_id
-    check((tensors["mm_token_type_ids"].long() == is_image).all(), "mm_token_type_ids: 1 on images")
+    left = attention[:, -1].all() and (attention.diff() >= 0).all()
+    check(left, "attention_mask: expected padding on the left, 0 and then 1")
+    is_image, types = ids == config.image_token_id, tensors["mm_token_type_ids"]
+    check((types == is_image).all(), "mm_token_type_ids: expected 1 on image tokens, 0 elsewhere")
     check(not (is_image & (attention == 0)).any(), "attention_mask: 0 on an image token")
     for token in sampler.vision_tokens(model):
-        check(not (completions == token).any(), f"completions: vision token {token}")
+        check(not (completions == token).any(), f"completions: vision token {token}, expected text")
     check(not (ids == config.video_token_id).any(), "input_ids: a video token, expected images")
+    check(grid.shape == (batch, 3), f"image_grid_thw: expected ({batch}, 3), an image a prompt")
     check_images(tensors["pixel_values"], grid, is_image, config.vision_config)
     temperature = tensors["temperature"]
-    check(temperature.dim() == 0 and temperature.is_floating_point(), "temperature: one float")
-    check(math.isfinite(temperature) and temperature > 0, "temperature: expected more than 0")
+    check(temperature.dim() == 0, "temperature: expected one number, of no dimension")
+    sound = math.isfinite(temperature) and temperature > 0
+    check(sound, f"temperature: expected more than 0, found {temperature}")
 
 
 def check_images(pixels, grid, is_image, vision):
     """Every prompt's runs of image tokens (is_image, bool (B, P)) fit the grids, in their order."""
-    check(grid.dim() == 2 and grid.shape[1] == 3 and len(grid), "image_grid_thw: expected (n, 3)")
     check((grid > 0).all() and (grid < 2**15).all(), "image_grid_thw: sides from 1 to 32767")
     merge = vision.spatial_merge_size
     check((grid[:, 1:] % merge == 0).all(), f"image_grid_thw: expected multiples of {merge}")
     patch = math.prod((vision.temporal_patch_size, vision.patch_size, vision.patch_size))
     expected = (int(grid.prod(-1).sum()), getattr(vision, "in_channels", 3) * patch)
-    check(pixels.is_floating_point(), f"pixel_values: expected floats, found {pixels.dtype}")
-    check(pixels.shape == expected, f"pixel_values: expected {expected}, as the grids say")
-    check(pixels.isfinite().all(), "pixel_values: nan or infinite")
+    found = f"found {tuple(pixels.shape)}"
+    check(pixels.shape == expected, f"pixel_values: expected {expected}, as grids say, {found}")
+    check(pixels.isfinite().all(), "pixel_values: expected numbers, found nan or infinity")
     runs = [len(list(r)) for row in is_image.tolist() for key, r in groupby(row) if key]
     sizes = (grid.prod(-1) // merge**2).tolist()
     check(runs == sizes, f"input_ids: runs of image tokens {runs[:9]}, grids say {sizes[:9]}")
@@ -285,8 +390,8 @@ class Handler(BaseHTTPRequestHandler):
         """Also what http.server calls for a broken first line, a huge header, a method unknown."""
         code = {501: 405, 505: 400}.get(code, code)
         line = " ".join(str(message or self.responses[code][0]).split())[:300]
-        print(f"{self.client_address[0]} got {code}: {line!r}", file=sys.stderr, flush=True)
         self.reply(code, (line.encode("ascii", "replace") + b"\n"))
+        print(f"{self.client_address[0]} got {code}: {line!r}", file=sys.stderr, flush=True)
 
     def log_request(self, code="-", size="-"):
         pass  # one line per request would bury the ones that matter
@@ -294,11 +399,11 @@ class Handler(BaseHTTPRequestHandler):
     def is_allowed(self):
         token = os.environ.get("REF_TOKEN")
         given = self.headers.get("Authorization", "")
-        return not token or hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
+        return not token or hmac.compare_digest(given.encode("latin-1"), f"Bearer {token}".encode())
 
     def do_GET(self):
         if not self.is_allowed():
-            self.send_error(401, "expected the token in REF_TOKEN, as 'Authorization: Bearer ...'")
+            self.send_error(401, NO_TOKEN)
         elif self.path == "/health":
             self.reply(200, json.dumps(self.server.health).encode(), "application/json")
         elif self.path == "/logps":
@@ -307,57 +412,57 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404, "expected GET /health or POST /logps")
 
     def do_POST(self):
-        length = self.headers.get("Content-Length", "")
-        most = self.server.max_bytes
+        length, most = self.headers.get("Content-Length", ""), self.server.max_bytes
+        wanted, health = self.headers.get("If-Match"), self.server.health
+        mine = f'"{health["fingerprint"]}"'
         if not self.is_allowed():
-            self.send_error(401, "expected the token in REF_TOKEN, as 'Authorization: Bearer ...'")
+            self.send_error(401, NO_TOKEN)
         elif self.path != "/logps":
             self.send_error(405 if self.path == "/health" else 404, "expected POST /logps")
+        elif wanted not in (None, "*", mine):
+            self.send_error(412, f"expected the model {wanted}, this is {mine} ({health['model']})")
         elif not re.fullmatch("[0-9]{1,15}", length):
-            self.send_error(411, "expected a Content-Length")
+            self.send_error(411, "expected a Content-Length, in bytes")
         elif int(length) > most:
-            self.send_error(413, f"{length} bytes, expected {most} at most (--max_mb)")
+            self.send_error(413, f"{length} bytes, expected {most} at most (--max_mb): {SMALLER}")
         else:
             self.answer_logps(int(length))
 
     def answer_logps(self, length):
         """NOTE: whatever the request makes torch raise must end in an answer: a client that gets
         none takes the server for one that is starting, and asks again."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load, save
+        from safetensors.torch import save
 
-        model = self.server.model
-        body = self.rfile.read(length)
+        server, body = self.server, self.rfile.read(length)
         if not self.late.is_alive():
-            return self.send_error(408, f"{length} bytes did not arrive in time")
+            seconds = f"{server.timeout_s:.0f} s (--timeout)"
+            return self.send_error(408, f"{length} bytes, expected to arrive in {seconds}")
         self.late.cancel()
         try:
             check(len(body) == length, f"{len(body)} bytes, Content-Length says {length}")
-            tensors = load(body)
-            check_request(tensors, model)
+            tensors = unpack(body)
+            check_request(tensors, server.model)
+            answers = tensors.pop("completions"), tensors.pop("mask")
+            temperature = tensors.pop("temperature").item()
+            with server.one_at_a_time, torch.no_grad():
+                logps = sampler.completion_logps(server.model, tensors, *answers, temperature)
+            why = "the temperature is too small, or pixel values are too large"
+            check(logps.isfinite().all(), f"log-probs are nan or infinite: {why}")
         except InputError as error:
-            return self.send_error(400, error)
-        except (SafetensorError, KeyError, RuntimeError) as error:  # an unknown dtype, a mad shape
-            return self.send_error(400, f"expected a body in safetensors format ({error})")
-        completions, mask, temperature = (tensors.pop(k) for k in ANSWERS)
-        try:
-            with self.server.one_at_a_time, torch.no_grad():
-                logps = sampler.completion_logps(
-                    model, tensors, completions, mask, temperature.item()
-                )
+            self.send_error(400, error)
         except torch.OutOfMemoryError:
-            self.send_error(413, "not enough memory: send fewer prompts at once (--batch_size)")
+            self.send_error(413, f"not enough memory: {SMALLER}")
         except (RuntimeError, ValueError, IndexError) as error:
             self.send_error(400, f"the model cannot score this: {error}")
         else:
-            body = save({"logps": logps.float().cpu().contiguous()})
-            self.reply(200, body, "application/octet-stream")
+            self.reply(200, save({"logps": logps.cpu()}), "application/octet-stream")
 
 
 class Server(ThreadingHTTPServer):
     """A thread per request, at most `max_requests` of them; the model scores one at a time."""
 
     daemon_threads = False  # server_close waits for the answers that are under way
+    request_queue_size = 128  # of 5, the default, the sixth that asks at once waits for a second
 
     def __init__(self, args, model, health):
         self.model, self.health, self.timeout_s = model, health, args.timeout
@@ -368,7 +473,7 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request, client_address):
         if self.slots.acquire(blocking=False):
             return super().process_request(request, client_address)
-        line = b"busy: ask again\n"
+        line = b"busy with as many requests as it takes (--max_requests): ask again\n"
         head = f"HTTP/1.0 503 busy\r\nContent-Length: {len(line)}\r\n\r\n".encode()
         request.settimeout(1)
         try:
@@ -390,34 +495,35 @@ class Server(ThreadingHTTPServer):
 
 
 def main(args):
-    # 1. The model.
+    # 1. What ends it: SIGTERM or Ctrl-C; if it is a child, only the end of its standard input.
+    # NOTE: schedulers send SIGTERM to all processes of a job, but training finishes its update
+    # first and needs its reference for that
+    if args.child:
+        for name in ENDING:
+            signal.signal(name, signal.SIG_IGN)
+        threading.Thread(target=lambda: (os.read(0, 1), os._exit(0)), daemon=True).start()
+
+    # 2. The model.
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model, processor = sampler.load_policy(args.model_path, args.device, dtype)
     model.requires_grad_(False)
-
-    # 2. The server, and what ends it: SIGTERM, Ctrl-C, or the end of the process that started it.
     health = describe(model, processor, args.model_path)
+
+    # 3. The server. From here on it finishes what it has begun to answer.
     try:
         server = Server(args, model, health)
     except (OSError, OverflowError) as error:
         raise InputError(f"cannot listen on {args.host}:{args.port} ({error}): --port") from None
     stop = lambda *_: threading.Thread(target=server.shutdown).start()
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in ENDING if not args.child else ():
         signal.signal(name, stop)
-    if args.child:
-        threading.Thread(target=lambda: (os.read(0, 1), stop()), daemon=True).start()
     host, port = server.server_address[:2]
     print(f"reference: {args.model_path} at http://{host}:{port}", flush=True)
     if not host.startswith("127.") and not os.environ.get("REF_TOKEN"):
         print("NOTE: others can reach it, and REF_TOKEN is not set", file=sys.stderr)
-
-    # 3. Serve.
     with server:
         server.serve_forever()
 
 
 if __name__ == "__main__":
-    try:
-        main(get_args())
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    sampler.run_script(main, get_args())

@@ -62,8 +62,8 @@ def run_script(main, args):
         line = str(error).strip().splitlines()[-1].removeprefix("sampler.InputError: ")
         raise SystemExit(f"error: {line}") from None
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
+        print("stopped", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)  # at once: a thread may be waiting for a server
 
 
 # What a damaged pickle makes an unpickler raise: it runs whatever bytes it finds as instructions.
@@ -145,14 +145,20 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     check_device(device)
     path = str(path)
     if not Path(path).is_dir() and not (HUB_NAME.fullmatch(path) and not path.startswith("runs/")):
-        raise InputError(f"no model at {path}: that folder does not exist")
+        raise InputError(
+            f"no model at {path}: that folder does not exist (python sft.py writes runs/sft; the "
+            f"base model is {TINY_VLM})"
+        )
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     adapters = [f for f in (Path(path), Path(path) / "adapter") if (f / ADAPTER_CONFIG).is_file()]
     if adapters and not (Path(path) / "config.json").is_file():
         base = read_adapter_config(adapters[0])["base_model_name_or_path"]
         if Path(base).resolve() in (Path(path).resolve(), adapters[0].resolve()):
-            raise InputError(f"{adapters[0]} names itself as its base model")
-        model, processor = load_policy(base, device, dtype)
+            raise InputError(
+                f"{adapters[0]} names itself as its base model: put the path of the real one into "
+                f"{ADAPTER_CONFIG}"
+            )
+        model, processor = load_policy(base, "cpu", dtype)  # merged there, bits depend on no GPU
         load_adapter(model, adapters[0])
         merge_lora(model)
         # the adapter's weights came as float32, and what it does not touch was frozen
@@ -176,7 +182,9 @@ def answer_frame(model, processor, width, height):
     and most others on a relative scale of 0 to 1000. InputError for an image too thin for them.
     """
     if max(width, height) >= 200 * min(width, height):  # what Qwen's processors refuse
-        raise InputError(f"an image of {width} x {height} is too long and thin")
+        raise InputError(
+            f"an image of {width} x {height}, expected sides of 1 : 200 at most: crop it"
+        )
     if model.config.model_type != "qwen2_5_vl":
         return 1000, 1000
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
@@ -645,7 +653,10 @@ def read_adapter_config(folder):
         config = json.loads(path.read_text())
         config["r"], config["lora_alpha"], config["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not the config of a LoRA adapter ({error!r})") from None
+        raise InputError(
+            f"{path} is not the config of a LoRA adapter ({error!r}): expected r, lora_alpha and "
+            "base_model_name_or_path"
+        ) from None
     for kind in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
         if config.get(kind):
             raise InputError(f"{path}: {kind} is not read here; merge the adapter with PEFT first")
@@ -661,7 +672,9 @@ def load_adapter(model, folder):
     try:
         state = load_file(Path(folder) / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder}/adapter_model.safetensors cannot be read ({error})") from None
+        raise InputError(
+            f"{folder}/adapter_model.safetensors cannot be read ({error}): copy it again"
+        ) from None
     state = {name.removeprefix("base_model.model."): value for name, value in state.items()}
     names = {
         name.removesuffix(".lora_A.weight") for name in state if name.endswith("lora_A.weight")
@@ -671,7 +684,8 @@ def load_adapter(model, folder):
     missing = [name for name in missing if ".lora_" in name]
     if missing or unexpected:
         raise InputError(
-            f"{folder} does not fit its base: {(missing + unexpected)[0]} has no counterpart"
+            f"{folder} does not fit its base: {(missing + unexpected)[0]} has no counterpart. Is "
+            f"{config['base_model_name_or_path']} the model that it was trained on?"
         )
     return model
 
@@ -791,7 +805,9 @@ def load_sam(checkpoint=TINY_SAM):
         ) from None
     except (SafetensorError, OSError, RuntimeError, *UNPICKLING_ERRORS) as error:
         why = (str(error) or repr(error)).splitlines()[0][:80]
-        raise InputError(f"--sam_ckpt {path} is not a file of SAM weights ({why})") from None
+        raise InputError(
+            f"--sam_ckpt {path} is not a file of SAM weights ({why}): fetch it again"
+        ) from None
     from segment_anything import sam_model_registry
 
     names = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
@@ -813,7 +829,8 @@ def load_sam(checkpoint=TINY_SAM):
         sam.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(
-            f"--sam_ckpt {path} does not fit: {str(error).splitlines()[1].strip()[:120]}"
+            f"--sam_ckpt {path} does not fit ({str(error).splitlines()[1].strip()[:120]}): fetch "
+            "it again from where SAM is published"
         ) from None
     # NOTE: MobileSAM's TinyViT caches its attention biases on entering eval mode, which the
     # registry did before the weights were there; without train() the embeddings are wrong.

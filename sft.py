@@ -121,13 +121,21 @@ def get_args(argv=None):
     for key, (recipe, demo) in DEFAULTS.items():
         if getattr(args, key) is None:
             setattr(args, key, demo if args.option == "demo" else recipe)
-    if min(args.batch_size, args.accumulate, args.save_step, args.keep, args.max_skips) < 1:
-        parser.error("--batch_size, --accumulate, --save_step, --keep and --max_skips start at 1")
-    if min(args.val_limit, args.max_step, args.lora_rank, args.seed, args.workers) < 0:
-        parser.error("--val_limit, --max_step, --lora_rank, --seed and --workers start at 0")
+    check_range(parser, args, "batch_size accumulate save_step keep max_skips val_batch_size", 1)
+    check_range(parser, args, "val_limit max_step lora_rank seed workers lr weight_decay jitter", 0)
+    check_range(parser, args, "point_ratio miss_ratio think_ratio lora_dropout warmup", 0, 1)
+    check_range(parser, args, "clip", 1e-9)
     if not args.max_step and args.epochs <= 0:
         parser.error("nothing to do: set --epochs or --max_step")
     return args
+
+
+def check_range(parser, args, names, least, most=math.inf):
+    """End with a line unless each of these settings lies from `least` to `most`."""
+    for name in names.split():
+        if not least <= getattr(args, name) <= most:  # nan is not, either
+            upper = "" if most == math.inf else f" to {most:g}"
+            parser.error(f"--{name} {getattr(args, name)}: expected {least:g}{upper or ' or more'}")
 
 
 # ------------------------------------------------------------------------- loss and update
@@ -384,12 +392,13 @@ def load_checkpoint(folder, settings, rank, world, device):
         raise InputError(f"--resume: {path} is of {count} processes, not of {world}: start as many")
     try:
         saved = {**read(0), **read(rank)}
+        begun = saved["settings"]
     except (RuntimeError, *sampler.UNPICKLING_ERRORS) as error:
         raise InputError(f"--resume: {path} is no checkpoint ({error!r:.80}): remove it") from None
     for key, value in settings.items():
-        if saved["settings"].get(key) != value:
+        if begun.get(key) != value:
             raise InputError(
-                f"--resume: {key} was {saved['settings'].get(key)} and is {value} now: repeat the "
+                f"--resume: {key} was {begun.get(key)} and is {value} now: repeat the "
                 f"settings of the run ({folder}/args.json), or begin another with --version_name"
             )
     return saved
