@@ -377,7 +377,9 @@ def load_checkpoint(folder, settings, rank, world, device):
         if problem is None:
             step = int(path.name)
             break
-        os.replace(path, path.with_name(f"{path.name}.damaged"))
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
         print(f"NOTE: checkpoint {path} is damaged ({problem}): the one before it is used")
     (step,) = sum_over_processes([step], device)  # process 0 has looked for all
     if not step:
@@ -417,7 +419,7 @@ def open_log(folder, args, step):
     """train.jsonl, to go on after update `step`: what an interrupted run wrote behind its last
     checkpoint is cut off, as it comes again. An earlier run of this name is moved, not lost."""
     path = folder / "train.jsonl"
-    if path.exists() and not args.resume:
+    if (path.exists() or checkpoints_in(folder)) and not args.resume:
         aside = next(f"{folder}.{i}" for i in count(1) if not Path(f"{folder}.{i}").exists())
         os.replace(folder, aside)
         print(f"NOTE: the run that was in {folder} is in {aside} now (--resume would continue it)")

@@ -50,6 +50,7 @@ class Runs:
             stdout=output,
             stderr=output,
             start_new_session=True,  # a process group of its own, as a terminal gives it
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
             **options,
         )
         process.output = Path(output.name)
@@ -97,8 +98,10 @@ def lines_of(log):
 
 def assert_same(a, b):
     """The same weights to the bit, the same log, each update in it once."""
-    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    files = [sorted(run.glob("**/*.safetensors")) for run in (a, b)]
+    assert [file.name for file in files[0]] == [file.name for file in files[1]] != []
+    for x, y in zip(*files):
+        assert x.read_bytes() == y.read_bytes(), x
     steps = [[json.loads(line) for line in lines_of(run / "train.jsonl")] for run in (a, b)]
     assert [line["step"] for line in steps[0]] == list(range(1, len(steps[0]) + 1))
     timeless = lambda line: {
@@ -127,26 +130,29 @@ def kill(process):
 
 
 def kill_often(runs, command, processes, kills, rng):
-    """Start, kill, resume, kill, …: (names of runs that were brought to their end, how often they
-    were killed while they saved). Half of the kills wait for the moment of saving."""
+    """Start, kill, resume, kill, …: (names of runs that came to their end, how often they were
+    killed while they saved). A kill comes up to three updates after the start, at any moment of
+    the next; half of them wait for the moment of saving."""
     names, saving, name = [], 0, None
     while kills:
         name = name or f"killed{len(names)}"
+        log, new = runs[name] / "train.jsonl", runs[name] / "checkpoints" / "new"
         begin = time.time()
         process = runs.start(f"{command} --resume", name, processes)
-        while process.poll() is None and (
-            not (runs[name] / "train.jsonl").exists()
-            or (runs[name] / "train.jsonl").stat().st_mtime < begin
-        ):
+        going = lambda: process.poll() is None and time.time() < begin + 120
+        while going() and not (log.exists() and log.stat().st_mtime > begin):
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 2))
+        target = len(lines_of(log)) + rng.randint(0, 3)
+        while going() and len(lines_of(log)) < target:
+            time.sleep(0.01)
         if rng.random() < 0.5:
-            new, end = runs[name] / "checkpoints" / "new", time.time() + 5
-            while not new.exists() and time.time() < end and process.poll() is None:
+            while going() and not new.exists():
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.02))
-            saving += new.exists()
+        else:
+            time.sleep(rng.uniform(0, json.loads(lines_of(log)[-1])["seconds"] if target else 1))
         if process.poll() is None:
+            saving += new.exists()
             kill(process)
             kills -= 1
         else:
@@ -175,9 +181,10 @@ def test_twenty_kills_at_random_moments_change_nothing(runs, undisturbed, comman
     command += " --max_step 16 --save_step 2"
     whole = undisturbed(command, processes)
     names, saving = kill_often(runs, command, processes, 20, random.Random(0))
-    assert saving >= 2
     for name in names:
         assert_same(runs[name], whole)
+    printed = "".join((runs.folder / f"{name}.txt").read_text() for name in names)
+    assert printed.count("going on after update") >= 10 and saving >= 3
 
 
 # ------------------------------------------------------------------------- asked to stop
