@@ -267,7 +267,8 @@ def naming(record, remedy=""):
         raise InputError(f"{record}: {error}{remedy}") from None
 
 
-LIST_THEM = "; python data.py --option … lists all bad records, --skip_bad leaves them out"
+LIST_THEM = "; python data.py, with this --option and --data_root, lists all bad records, "
+LIST_THEM += "--skip_bad leaves them out"
 
 
 @dataclass
@@ -303,7 +304,7 @@ class Sample:
 
 # Not all that Pillow can read: for some formats it starts another program on the file.
 FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
-# What it raises on damaged files: found by a million of them, see tests/test_fuzz.py.
+# What it raises on damaged files, as tests/test_fuzz.py found.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError)
 DECODING_ERRORS += (AssertionError, ArithmeticError, MemoryError, struct.error)
 
@@ -571,6 +572,8 @@ def _sample(ref, annotations, images, classes, folder, present):
         first = segmentation[0] if isinstance(segmentation, list) and segmentation else segmentation
         rle = isinstance(first, dict)
         size = _size(first.get("size") if rle else [image.get("height"), image.get("width")])
+        if max(size) >= 200 * min(size) > 0:  # see sampler.answer_frame
+            raise InputError(f"{size[1]} x {size[0]} pixels, expected sides of 1 : 200 at most")
         if 0 in size:
             raise InputError(f"a mask of size {size[1]} x {size[0]}, expected at least a pixel")
     letters = lambda text: re.sub("[^a-z]", "", text.lower())
@@ -971,6 +974,8 @@ def main(args):
     folder.mkdir(parents=True, exist_ok=True)
     contact_sheet(sound).save(folder / "contact_sheet.png")
     print(f"written: {folder / 'contact_sheet.png'}")
+    if problems:
+        raise InputError(f"{len(problems)} bad records, see above: --skip_bad leaves them out")
 
 
 if __name__ == "__main__":

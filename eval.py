@@ -383,10 +383,9 @@ def fingerprint(path):
 
 
 def digest(samples):
-    """Changes when the samples do: phrases, masks, the names and sizes of the image files."""
+    """Changes when the samples do: phrases, masks, the names of the images."""
     truth = lambda s: (s.ref_id, s.phrases, s.class_name, s.segmentation, s.size)
-    image = lambda path: (path.name, path.stat().st_size)
-    return zlib.crc32(repr([(truth(s), image(s.image_path)) for s in samples]).encode())
+    return zlib.crc32(repr([(truth(s), s.image_path.name) for s in samples]).encode())
 
 
 def read_rows(path):
@@ -496,7 +495,7 @@ def segment_one(args, model, processor, segmenter, folder):
     overlay(image, row, args.query, args.theta, mask).save(f"{name}_overlay.png")
     print(f"box answer    {row['answer_box']}")
     print(f"point answer  {row['answer_points']}")
-    print(f"box (pixels)  {row['box_px'].round(1).tolist() or 'not readable: the mask is empty'}")
+    print(f"box (pixels)  {row['box_px'].round(1).tolist() or 'none is readable'}")
     points = row["points_px"].round(1).tolist()
     for point, label, sure in zip(points, row["labels"] or (), row["confidence"]):
         kept = "" if sure >= args.theta else ", dropped"
@@ -558,6 +557,8 @@ def main(args):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     wait = dist.barrier if world > 1 else lambda: None
     torch.manual_seed(args.seed + rank)
+    if args.image:
+        data.open_image(args.image)  # before models are loaded for nothing
     path = args.eval_model_path or default_model(args.log_dir)
     needs_model = args.oracle != "points" and not (args.oracle == "box" and args.points == "none")
     model, processor = sampler.load_policy(path, args.device) if needs_model else (None, None)
@@ -577,7 +578,9 @@ def main(args):
     if rank == 0:
         data.list_skipped(bad, f"{len(samples) + len(bad)} records of {args.split}")
         weights = [fingerprint(path), fingerprint(args.sam_ckpt)]
-        state = {**protocol, "weights": weights, "refs": digest(samples)}
+        files = [(str(s.image_path.resolve()), s.image_path.stat().st_size) for s in samples]
+        files = zlib.crc32(repr(files).encode())
+        state = {**protocol, "weights": weights, "refs": digest(samples), "files": files}
         state |= {key: getattr(args, key) for key in ("seed", "max_new_tokens")}
         start_or_resume(folder, args, state)
         wait()

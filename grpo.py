@@ -150,7 +150,9 @@ def get_args(argv=None):
     sft.check_range(parser, args, ratios, 0, 1)
     sft.check_range(parser, args, "clip temperature ref_patience", 1e-9)
     if args.ref_url and not all(map(_URL.fullmatch, args.ref_url.split(","))):
-        parser.error("--ref_url is http://host:port, or several, comma-separated")
+        parser.error(
+            f"--ref_url {args.ref_url}: expected http://host:port, or several, comma-separated"
+        )
     if not args.max_step and args.epochs <= 0:
         parser.error("nothing to do: set --epochs or --max_step")
     return args
@@ -355,7 +357,7 @@ def main(args):
     reference = ref_server.Reference(urls, expected, rank, args.ref_patience, child)
     for url, name in zip(urls, reference.models):
         say(f"reference: {name} at {url}")
-    settings = sft.settings_of(args, world, model, processor, trainable)
+    settings = sft.settings_of(args, model, processor, trainable + val)
     saved = sft.load_checkpoint(folder, settings, rank, world, args.device) if args.resume else None
     before = saved["before"] if saved else validate_both(model, processor, val, args)
 
@@ -466,6 +468,8 @@ def main(args):
         sft.check_skips(in_a_row, args.max_skips)
         if step % args.save_step == 0 or step == steps or sums["stopping"]:
             if rank == 0:
+                if board:
+                    board.flush()
                 with sft.writing(folder):
                     sampler.save_trained(model, processor, args, folder)
             rest = {"settings": settings, "before": before, "skipped": (skipped, in_a_row)}
@@ -473,6 +477,8 @@ def main(args):
         if sums["stopping"]:
             bar.close()
             sft.leave(stop, step, steps, say)
+    if any(sft.sum_over_processes([stop.signal], args.device)):  # it came while the last was saved
+        sft.leave(stop, steps, steps, say)
     stop.forget()
 
     # 6. What it brought.

@@ -205,7 +205,7 @@ class Reference:
         """That training waits: once, however long and for however many requests."""
         if url not in self.waiting:
             self.waiting.add(url)
-            print(f"waiting for the reference at {url}: {why}", flush=True)
+            print(f"\nwaiting for the reference at {url}: {why}", flush=True)  # below a bar
 
     def attempt(self, url, method, path, body, most):
         """One request: (content, None), or (None, why) where another one may succeed."""
@@ -513,7 +513,9 @@ def main(args):
     try:
         server = Server(args, model, health)
     except (OSError, OverflowError) as error:
-        raise InputError(f"cannot listen on {args.host}:{args.port} ({error}): --port") from None
+        raise InputError(
+            f"cannot listen on {args.host}:{args.port} ({error}): choose another --port"
+        ) from None
     stop = lambda *_: threading.Thread(target=server.shutdown).start()
     for name in ENDING if not args.child else ():
         signal.signal(name, stop)

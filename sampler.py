@@ -59,9 +59,14 @@ def run_script(main, args):
         main(args)
     except (InputError, OSError) as error:
         # a data worker's error comes with its traceback: the last line is ours
-        line = str(error).strip().splitlines()[-1].removeprefix("sampler.InputError: ")
+        line = (
+            (str(error).strip() or repr(error))
+            .splitlines()[-1]
+            .removeprefix("sampler.InputError: ")
+        )
         raise SystemExit(f"error: {line}") from None
     except KeyboardInterrupt:
+        sys.stdout.flush()
         print("stopped", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)  # at once: a thread may be waiting for a server
 
@@ -533,9 +538,6 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
         key: torch.nn.functional.pad(value, (0, packed)) if value.shape == ids.shape else value
         for key, value in prompt.items()
     }
-    # a token is predicted one place before its own; each completion's first at the prompt's end
-    before = start - 1 + torch.arange(packed, device=ids.device)
-    before[::length] = start - 1
     with mixed_precision(model):
         hidden = model.model(
             input_ids=torch.cat([ids, completions.reshape(batch, packed)], 1),
@@ -545,7 +547,12 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
             group=(group, start),
             **prompt,
         ).last_hidden_state  # (B, T, D)
-        hidden = hidden[:, before].reshape(rows, length, -1)[mask]  # (tokens that count, D)
+        # a token is predicted one place before its own, each completion's first at the prompt's
+        # end. NOTE: an index that names that place G times would let threads add up its gradients
+        # in any order
+        last = hidden[:, start - 1].repeat_interleave(group, 0)[:, None]  # (B*G, 1, D)
+        own = hidden[:, start:].reshape(rows, length, -1)[:, :-1]  # (B*G, C - 1, D)
+        hidden = torch.cat([last, own], 1)[mask]  # (tokens that count, D)
         counted = token_logps(model.lm_head, hidden, completions[mask], temperature)
     return torch.zeros(rows, length, device=ids.device).masked_scatter(mask, counted)
 

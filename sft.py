@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import data
 import sampler
-from eval import digest, print_gain, validate_both
+from eval import digest, print_gain, read_rows, validate_both
 from sampler import InputError
 
 # (the recipe for an 8 B model, the demo): a small model wants a larger learning rate, has no use
@@ -182,7 +182,29 @@ def start_run(args):
         torch.cuda.set_device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if rank == 0:
+        lock(folder)
     return rank, world, local_rank, folder
+
+
+def lock(folder):
+    """InputError if another process trains into this folder, or it cannot be written."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # never closed: the system lets go of the lock when the process ends, however it ends
+        file = os.open(f"{folder}.lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error}): set --log_dir") from None
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # Windows
+    except OSError:
+        raise InputError(
+            f"another run is writing to {folder}: wait for its end, or give a --version_name"
+        ) from None
 
 
 def sum_over_processes(values, device):
@@ -262,18 +284,16 @@ def check_skips(in_a_row, most):
 
 # settings that may differ when a run goes on; all others must be those of the run. What
 # --model_path and --data_root lead to is compared, not the paths.
-FREE = (
-    "model_path data_root log_dir version_name resume keep save_step max_skips merge workers device"
-)
-FREE += " gradient_checkpointing skip_bad val_limit val_batch_size ref_url ref_device ref_patience"
+FREE = """model_path data_root log_dir version_name resume keep save_step max_skips merge workers
+skip_bad device gradient_checkpointing val_batch_size ref_url ref_device ref_patience""".split()
 
 
-def settings_of(args, world, model, processor, samples):
+def settings_of(args, model, processor, samples):
     """What makes a run this run, as it was begun: a checkpoint of another one is refused."""
-    settings = {key: value for key, value in vars(args).items() if key not in FREE.split()}
-    settings |= {"number of processes": world, "dtype of the model": str(model.dtype)}
-    settings["model (fingerprint)"] = sampler.fingerprint(model, processor)
-    return {**settings, "data (checksum)": digest(samples)}
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    settings["dtype of the model"] = str(model.dtype)
+    settings["fingerprint of the model"] = sampler.fingerprint(model, processor)
+    return {**settings, "checksum of the data": digest(samples)}
 
 
 def random_state(device):
@@ -309,8 +329,10 @@ def writing(path):
 
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # while merging: no matter of the disk
     except (OSError, RuntimeError, SafetensorError) as error:
-        why = str(error).strip().splitlines()[0][:150]
+        why = (str(error).strip() or repr(error)).splitlines()[0][:150]
         raise InputError(
             f"cannot write {path} ({why}): is the disk full? Earlier checkpoints are whole: make "
             "room and go on with --resume"
@@ -361,10 +383,12 @@ def damage(checkpoint):
     names = sorted(path.name for path in checkpoint.glob("rank*.pt"))
     world = int(names[0].removesuffix(".pt").partition("of")[2]) if names else 1
     for path in (checkpoint / f"rank{rank}of{world}.pt" for rank in range(world)):
-        if not path.is_file() or not path.with_suffix(".sha256").is_file():
-            return f"{path.name} or its sha256 is missing"
-        if path.with_suffix(".sha256").read_text().split()[:1] != [sha256(path)]:
-            return f"{path.name} is not what was written"
+        try:
+            written = path.with_suffix(".sha256").read_text().split()[:1]
+            if written != [sha256(path)]:
+                return f"{path.name} is not what was written"
+        except (OSError, ValueError) as error:
+            return f"{path.name} cannot be checked: {error}"
     return None
 
 
@@ -380,15 +404,17 @@ def load_checkpoint(folder, settings, rank, world, device):
         aside = path.with_name(f"{path.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
-        print(f"NOTE: checkpoint {path} is damaged ({problem}): the one before it is used")
+        print(f"NOTE: checkpoint {path} is damaged ({problem}) and left out")
     (step,) = sum_over_processes([step], device)  # process 0 has looked for all
     if not step:
         if rank == 0:
-            print(f"no checkpoint in {folder}: the run starts from the beginning")
+            print(f"no whole checkpoint in {folder}: the run starts from the beginning")
         return None
     path = folder / "checkpoints" / f"{int(step):08}"
     # NOTE: weights_only, so that a checkpoint from elsewhere cannot run code
-    read = lambda rank: torch.load(path / f"rank{rank}of{world}.pt", "cpu", weights_only=True)
+    read = lambda rank: torch.load(
+        path / f"rank{rank}of{world}.pt", "cpu", weights_only=True, mmap=True
+    )
     count = len(list(path.glob("rank*.pt")))
     if count != world:
         raise InputError(f"--resume: {path} is of {count} processes, not of {world}: start as many")
@@ -396,13 +422,19 @@ def load_checkpoint(folder, settings, rank, world, device):
         saved = {**read(0), **read(rank)}
         begun = saved["settings"]
     except (RuntimeError, *sampler.UNPICKLING_ERRORS) as error:
-        raise InputError(f"--resume: {path} is no checkpoint ({error!r:.80}): remove it") from None
-    for key, value in settings.items():
-        if begun.get(key) != value:
-            raise InputError(
-                f"--resume: {key} was {begun.get(key)} and is {value} now: repeat the "
-                f"settings of the run ({folder}/args.json), or begin another with --version_name"
-            )
+        raise InputError(
+            f"--resume: {path} is no checkpoint of ours ({type(error).__name__}): remove it"
+        ) from None
+    changed = [
+        f"{key} was {begun.get(key)} and is {value}"
+        for key, value in settings.items()
+        if begun.get(key) != value
+    ]
+    if changed:
+        raise InputError(
+            f"--resume: {', '.join(changed)}: repeat the settings of the run ({folder}/args.json), "
+            "or begin another with --version_name"
+        )
     return saved
 
 
@@ -419,15 +451,16 @@ def open_log(folder, args, step):
     """train.jsonl, to go on after update `step`: what an interrupted run wrote behind its last
     checkpoint is cut off, as it comes again. An earlier run of this name is moved, not lost."""
     path = folder / "train.jsonl"
-    if (path.exists() or checkpoints_in(folder)) and not args.resume:
+    saved = any((folder / name).exists() for name in ("checkpoints", "config.json", "adapter"))
+    if not step and (saved or (path.exists() and not args.resume)):
         aside = next(f"{folder}.{i}" for i in count(1) if not Path(f"{folder}.{i}").exists())
         os.replace(folder, aside)
-        print(f"NOTE: the run that was in {folder} is in {aside} now (--resume would continue it)")
+        print(f"NOTE: the run that was in {folder} is in {aside} now (--resume goes on with a run)")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
-        lines = path.read_text().splitlines()[:step] if path.exists() else []  # one an update
-        path.with_suffix(".new").write_text("".join(line + "\n" for line in lines))
+        kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
+        path.with_suffix(".new").write_text("".join(kept))
         os.replace(path.with_suffix(".new"), path)
     return open(path, "a")
 
@@ -445,7 +478,7 @@ def main(args):
     dtype = torch.bfloat16 if on_gpu and args.lora_rank else torch.float32
     model, processor = sampler.load_policy(args.model_path, args.device, dtype)
     say(f"model: {args.model_path}, {len(trainable)} refs of {args.option}/{args.split}")
-    settings = settings_of(args, world, model, processor, trainable)
+    settings = settings_of(args, model, processor, trainable + val)
     saved = load_checkpoint(folder, settings, rank, world, args.device) if args.resume else None
     before = saved["before"] if saved else validate_both(model, processor, val, args)
 
@@ -533,6 +566,8 @@ def main(args):
         if stopping:
             bar.close()
             leave(stop, step, steps, say)
+    if any(sum_over_processes([stop.signal], args.device)):  # it came while the last was saved
+        leave(stop, steps, steps, say)
     stop.forget()
 
     # 5. What it brought.

@@ -94,7 +94,7 @@ def test_a_request_that_fails_is_named_once_and_asked_again(fault, capsys):
         for _ in range(2):
             assert (client.logps(*QUESTION) == ANSWER).all()
     assert len(seen) == 5
-    assert capsys.readouterr().out.splitlines() == [
+    assert capsys.readouterr().out.strip().splitlines() == [
         f"waiting for the reference at {url}: {words}",
         f"the reference at {url} answers again",
     ]
@@ -115,7 +115,7 @@ def test_a_busy_server_is_asked_again_and_told_of_if_it_lasts(capsys, monkeypatc
         client.logps(*QUESTION)
         assert capsys.readouterr().out == ""
         client.logps(*QUESTION)
-    assert capsys.readouterr().out.splitlines() == [
+    assert capsys.readouterr().out.strip().splitlines() == [
         f"waiting for the reference at {url}: busy with others",
         f"the reference at {url} answers again",
     ]
@@ -133,7 +133,7 @@ def test_a_slow_server_is_told_of_and_not_asked_twice(capsys, monkeypatch):
     with scripted(HEALTH, GOOD, GOOD) as (url, seen):
         client = ref_server.Reference([url], EXPECTED, patience=20)
         client.logps(*QUESTION)
-        printed = capsys.readouterr().out.splitlines()
+        printed = capsys.readouterr().out.strip().splitlines()
         assert len(printed) == 2 and "no answer for 1 s" in printed[0]
         client.logps(*QUESTION)  # it takes what it takes
     assert capsys.readouterr().out == "" and len(seen) == 3

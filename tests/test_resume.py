@@ -168,7 +168,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(runs, undisturbe
     process = runs.start(command, "killed")
     runs.wait_for_updates(process, "killed", 3)
     kill(process)
-    assert "going on after update 2" in runs.finish(f"{command} --resume", "killed")
+    assert "going on after update" in runs.finish(f"{command} --resume", "killed")
     assert_same(runs["killed"], undisturbed(command))
 
 
@@ -281,10 +281,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(copy, trained)
 
 
 def test_a_run_without_a_whole_checkpoint_starts_from_the_beginning_and_says_so(copy, trained):
-    for step in (2, 4, 6):
-        file_of(copy.folder, step).with_suffix(".sha256").unlink()
-    assert "starts from the beginning" in copy.resume()
+    for step, content in ((2, b""), (4, b"\xff\xfe"), (6, b"0" * 64)):
+        file_of(copy.folder, step).with_suffix(".sha256").write_bytes(content)
+    printed = copy.resume()
+    assert printed.count("is damaged") == 3 and "starts from the beginning" in printed
     assert_same(copy.folder, trained)
+    assert (Path(f"{copy.folder}.1") / "model.safetensors").exists()  # it was not written over
+
+
+def test_two_runs_do_not_write_to_one_folder(runs, tmp_path):
+    process = runs.start(SFT, "one")
+    runs.wait_for_updates(process, "one", 1)
+    printed = runs.finish(f"{SFT} --resume", "one", status=1)
+    assert "error: another run is writing to runs/one" in printed
+    kill(process)
 
 
 def test_no_code_of_a_checkpoint_is_run(copy, tmp_path):
@@ -322,12 +332,12 @@ def test_other_settings_are_not_resumed(copy, options, name):
 
 
 def test_another_model_and_other_data_are_not_resumed(copy, trained, small_set, tmp_path):
-    assert "--resume: model" in copy.resume(f"--model_path {trained}")
+    assert "fingerprint of the model" in copy.resume(f"--model_path {trained}")
     other = shutil.copytree(small_set, tmp_path / "other")
     table = json.loads((other / "demo" / "instances.json").read_text())
     table["categories"][0]["name"] = "thing"
     (other / "demo" / "instances.json").write_text(json.dumps(table))
-    assert "--resume: data" in copy.resume(f"--data_root {other}")
+    assert "--resume: checksum of the data" in copy.resume(f"--data_root {other}")
 
 
 def test_an_earlier_run_of_the_same_name_is_set_aside(copy, trained):
@@ -369,16 +379,25 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_in_the_end_an_error
 
     def answer_loss(model, batch):
         loss, tokens = whole(model, batch)
-        return loss * (math.inf if next(calls) == broken else 1), tokens
+        return loss * (math.inf if next(calls) in broken else 1), tokens
 
     monkeypatch.setattr(sft, "answer_loss", answer_loss)
-    broken = 1  # the second micro-batch of the first update
+    broken = range(1, 2)  # the second micro-batch of the first update
     copy.resume("--no-resume")
     lines = [json.loads(line) for line in lines_of(copy.folder / "train.jsonl")]
     assert [line["skipped"] for line in lines] == [1] * 6
     assert lines[0]["loss"] is None and lines[0]["grad_norm"] is None and lines[1]["loss"] > 0
     weights = load_file(copy.folder / "model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
+    broken = range(1000)
+    assert "3 updates in a row" in copy.resume("--no-resume --max_skips 3")
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(copy, monkeypatch):
+    monkeypatch.setattr(sft, "sum_gradients", lambda trained: trained[0].grad.fill_(math.nan))
+    assert "2 updates in a row" in copy.resume("--no-resume --max_skips 2")
+    lines = [json.loads(line) for line in lines_of(copy.folder / "train.jsonl")]
+    assert [line["grad_norm"] for line in lines] == [None, None] and lines[0]["loss"] > 0
 
 
 def test_the_number_of_data_workers_changes_nothing(copy, trained):
