@@ -193,7 +193,7 @@ def small_qwen(kind, tokenizer):
 @pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
 def test_coordinates_survive_the_round_trip_to_the_models_frame(kind, tiny, tmp_path):
     model, processor = small_qwen(kind, tiny[1].tokenizer)
-    with pytest.raises(InputError, match="thin"):
+    with pytest.raises(InputError, match="1 : 200"):
         sampler.answer_frame(model, processor, 4, 1000)
     width, height = 333, 170
     frame = sampler.answer_frame(model, processor, width, height)
