@@ -42,6 +42,7 @@ from tqdm import tqdm
 from sampler import (
     UNPICKLING_ERRORS,
     InputError,
+    check_sides,
     grid_points,
     jitter_box,
     label_points,
@@ -492,9 +493,10 @@ def load_sound(option, data_root, split, skip_bad):
     return sound, problems
 
 
-def list_skipped(problems, of):
-    """Print what load_sound left out; `of` says of how many, as in "3581 records of test"."""
+def list_skipped(problems, samples, split):
+    """Print what load_sound left out of a split, and how many that is of how many."""
     if problems:
+        of = f"{len(samples) + len(problems)} records of {split}"
         print("\n".join([f"skipped {len(problems)} of {of}:", *problems]))
 
 
@@ -508,7 +510,7 @@ def load_for_training(args, rank):
     def load(split):
         samples, problems = load_sound(args.option, args.data_root, split, args.skip_bad)
         if rank == 0:
-            list_skipped(problems, f"{len(samples) + len(problems)} records of {split}")
+            list_skipped(problems, samples, split)
         return samples
 
     samples = load(args.split)
@@ -572,10 +574,9 @@ def _sample(ref, annotations, images, classes, folder, present):
         first = segmentation[0] if isinstance(segmentation, list) and segmentation else segmentation
         rle = isinstance(first, dict)
         size = _size(first.get("size") if rle else [image.get("height"), image.get("width")])
-        if max(size) >= 200 * min(size) > 0:  # see sampler.answer_frame
-            raise InputError(f"{size[1]} x {size[0]} pixels, expected sides of 1 : 200 at most")
         if 0 in size:
             raise InputError(f"a mask of size {size[1]} x {size[0]}, expected at least a pixel")
+        check_sides(size[1], size[0])
     letters = lambda text: re.sub("[^a-z]", "", text.lower())
     return Sample(
         image_path=folder / file_name,

@@ -484,10 +484,8 @@ def default_model(log_dir):
     return str(sampler.TINY_VLM)
 
 
-def segment_one(args, model, processor, segmenter, folder):
+def segment_one(image, args, model, processor, segmenter, folder):
     """--image and --query: print box, points, reasoning and scores; write mask and overlay."""
-    image = data.open_image(args.image, upright=True)
-    args.query = data.clean_phrase(args.query)
     (row,) = predict(model, processor, [image], [args.query], [None], args)
     mask, sam_score = segment(segmenter, image, args.image, row, args)
     name = folder / Path(args.image).stem
@@ -557,8 +555,9 @@ def main(args):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     wait = dist.barrier if world > 1 else lambda: None
     torch.manual_seed(args.seed + rank)
-    if args.image:
-        data.open_image(args.image)  # before models are loaded for nothing
+    image = None
+    if args.image:  # before models are loaded for nothing
+        image, args.query = data.open_image(args.image, upright=True), data.clean_phrase(args.query)
     path = args.eval_model_path or default_model(args.log_dir)
     needs_model = args.oracle != "points" and not (args.oracle == "box" and args.points == "none")
     model, processor = sampler.load_policy(path, args.device) if needs_model else (None, None)
@@ -568,7 +567,7 @@ def main(args):
     if rank == 0:
         print(f"model: {path if needs_model else 'none (the truth)'}\nSAM: {args.sam_ckpt}")
     if args.image:
-        return segment_one(args, model, processor, segmenter, folder)
+        return segment_one(image, args, model, processor, segmenter, folder)
 
     # 2. What is to be done, less what an earlier run has done.
     if rank > 0:
@@ -576,7 +575,7 @@ def main(args):
     samples, bad = data.load_sound(args.option, args.data_root, args.split, args.skip_bad)
     protocol = protocol_of(args, path)
     if rank == 0:
-        data.list_skipped(bad, f"{len(samples) + len(bad)} records of {args.split}")
+        data.list_skipped(bad, samples, args.split)
         weights = [fingerprint(path), fingerprint(args.sam_ckpt)]
         files = [(str(s.image_path.resolve()), s.image_path.stat().st_size) for s in samples]
         files = zlib.crc32(repr(files).encode())

@@ -116,24 +116,11 @@ def get_args(argv=None):
     add("--warmup", type=float, default=0.03, help="share of the run in which the rate rises")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     # system and output
-    add("--gradient_checkpointing", action=on_off, default=False, help="less memory, more time")
-    add("--skip_bad", action=on_off, default=False, help="leave bad records out, and list them")
+    sft.add_run_flags(add)
     add("--seed", type=int, default=0, help="of data order, tasks, jitter and sampling")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--log_dir", default="runs", help="results go to <log_dir>/<version_name>")
     add("--version_name", default="grpo", help="name of this run")
-    add("--merge", action=on_off, default=True, help="write merged weights beside the adapter")
     add("--save_step", type=int, help="save every so many rollouts, and at the end")
-    add("--keep", type=int, default=2, help="checkpoints that stay")
-    add("--resume", action=on_off, default=False, help="go on from the last checkpoint")
-    add(
-        "--max_skips",
-        type=int,
-        default=5,
-        help="end after so many updates in a row with nan or inf",
-    )
     add("--val_limit", type=int, help="validation samples before and after; 0: none")
-    add("--val_batch_size", type=int, help="validation samples per process and batch")
     args = parser.parse_args(argv)
     for key, (recipe, demo) in DEFAULTS.items():
         if getattr(args, key) is None:
@@ -467,13 +454,10 @@ def main(args):
             bar.set_postfix(reward=f"{line['reward']:.3f}", kl=f"{line['kl'] or 0:.1e}")
         sft.check_skips(in_a_row, args.max_skips)
         if step % args.save_step == 0 or step == steps or sums["stopping"]:
-            if rank == 0:
-                if board:
-                    board.flush()
-                with sft.writing(folder):
-                    sampler.save_trained(model, processor, args, folder)
+            if board:
+                board.flush()
             rest = {"settings": settings, "before": before, "skipped": (skipped, in_a_row)}
-            sft.save_checkpoint(folder, step, args.keep, model, optimizer, rest, args.device)
+            sft.save_run(folder, step, args, model, processor, optimizer, rest)
         if sums["stopping"]:
             bar.close()
             sft.leave(stop, step, steps, say)

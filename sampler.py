@@ -180,16 +180,21 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     return model.to(device).eval(), processor
 
 
+def check_sides(width, height):
+    """InputError for an image so long and thin that Qwen's processors refuse it."""
+    if max(width, height) >= 200 * min(width, height):
+        raise InputError(
+            f"an image of {width} x {height}, expected sides of 1 : 200 at most: crop it"
+        )
+
+
 def answer_frame(model, processor, width, height):
     """The (width, height) in which the model speaks of an image of that many pixels.
 
     Qwen2.5-VL answers in pixels of the image *after its processor resized it*; Qwen2-VL, Qwen3-VL
     and most others on a relative scale of 0 to 1000. InputError for an image too thin for them.
     """
-    if max(width, height) >= 200 * min(width, height):  # what Qwen's processors refuse
-        raise InputError(
-            f"an image of {width} x {height}, expected sides of 1 : 200 at most: crop it"
-        )
+    check_sides(width, height)
     if model.config.model_type != "qwen2_5_vl":
         return 1000, 1000
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize

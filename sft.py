@@ -97,26 +97,12 @@ def get_args(argv=None):
     add("--warmup", type=float, default=0.03, help="share of the updates in which the rate rises")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     # system and output
-    on_off = argparse.BooleanOptionalAction
-    add("--gradient_checkpointing", action=on_off, default=False, help="less memory, more time")
-    add("--skip_bad", action=on_off, default=False, help="leave bad records out, and list them")
+    add_run_flags(add)
     add("--workers", type=int, default=0, help="processes that load data")
     add("--seed", type=int, default=0, help="of data order, tasks, jitter and dropout")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--log_dir", default="runs", help="results go to <log_dir>/<version_name>")
     add("--version_name", default="sft", help="name of this run")
-    add("--merge", action=on_off, default=True, help="write merged weights beside the adapter")
     add("--save_step", type=int, help="save every so many updates, and at the end")
-    add("--keep", type=int, default=2, help="checkpoints that stay")
-    add("--resume", action=on_off, default=False, help="go on from the last checkpoint")
-    add(
-        "--max_skips",
-        type=int,
-        default=5,
-        help="end after so many updates in a row with nan or inf",
-    )
     add("--val_limit", type=int, default=200, help="validation samples before and after; 0: none")
-    add("--val_batch_size", type=int, help="validation samples per process and batch")
     args = parser.parse_args(argv)
     for key, (recipe, demo) in DEFAULTS.items():
         if getattr(args, key) is None:
@@ -128,6 +114,20 @@ def get_args(argv=None):
     if not args.max_step and args.epochs <= 0:
         parser.error("nothing to do: set --epochs or --max_step")
     return args
+
+
+def add_run_flags(add):
+    """What both stages have alike: on what a run runs, and how it is kept."""
+    on_off = argparse.BooleanOptionalAction
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--gradient_checkpointing", action=on_off, default=False, help="less memory, more time")
+    add("--skip_bad", action=on_off, default=False, help="leave bad records out, and list them")
+    add("--log_dir", default="runs", help="results go to <log_dir>/<version_name>")
+    add("--merge", action=on_off, default=True, help="write merged weights beside the adapter")
+    add("--keep", type=int, default=2, help="checkpoints that stay")
+    add("--resume", action=on_off, default=False, help="go on from the last checkpoint")
+    add("--max_skips", type=int, default=5, help="end after so many nan or inf updates in a row")
+    add("--val_batch_size", type=int, help="validation samples per process and batch")
 
 
 def check_range(parser, args, names, least, most=math.inf):
@@ -315,11 +315,11 @@ def set_random_state(state, device):
 
 
 def sha256(path):
-    digest = hashlib.sha256()
+    state = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**24):
-            digest.update(chunk)
-    return digest.hexdigest()
+            state.update(chunk)
+    return state.hexdigest()
 
 
 @contextmanager
@@ -339,15 +339,16 @@ def writing(path):
         ) from None
 
 
-def save_checkpoint(folder, step, keep, model, optimizer, rest, device):
-    """All processes call it. `rest`: what else to go on with, numbers and text.
+def save_run(folder, step, args, model, processor, optimizer, rest):
+    """The model folder, and then the checkpoint that says so. All processes call it. `rest`: what
+    else to go on with, numbers and text. args: device, keep, and see sampler.save_trained.
 
     Written beside and renamed, so that a checkpoint is there as a whole or not at all; the last
     `keep` stay.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     wait = dist.barrier if world > 1 else lambda: None
-    own = {"random": random_state(device)}
+    own = {"random": random_state(args.device)}
     # ZeroRedundancyOptimizer: every process has a share of the state; else all have the same
     share = getattr(optimizer, "optim", optimizer)
     if rank == 0 or share is not optimizer:
@@ -357,8 +358,9 @@ def save_checkpoint(folder, step, keep, model, optimizer, rest, device):
         own |= {"step": step, "trained": trained, **rest}
     new = folder / "checkpoints" / "new"
     path = new / f"rank{rank}of{world}.pt"
-    with writing(new):
+    with writing(folder):
         if rank == 0:
+            sampler.save_trained(model, processor, args, folder)
             shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while saving
             new.mkdir(parents=True)
     wait()
@@ -368,7 +370,7 @@ def save_checkpoint(folder, step, keep, model, optimizer, rest, device):
     wait()
     if rank == 0:
         os.replace(new, folder / "checkpoints" / f"{step:08}")
-        for old in checkpoints_in(folder)[:-keep]:
+        for old in checkpoints_in(folder)[: -args.keep]:
             shutil.rmtree(old)
     wait()  # nobody goes on, or ends, before it is there
 
@@ -393,7 +395,7 @@ def damage(checkpoint):
 
 
 def load_checkpoint(folder, settings, rank, world, device):
-    """The newest checkpoint that is whole, as save_checkpoint's dict of process 0 with this
+    """The newest checkpoint that is whole, as save_run's dict of process 0 with this
     process's own entries in it; None if there is none. InputError if it is another run's."""
     step = 0
     for path in reversed(checkpoints_in(folder)) if rank == 0 else ():
@@ -558,11 +560,8 @@ def main(args):
             bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         check_skips(in_a_row, args.max_skips)
         if step % args.save_step == 0 or step == steps or stopping:
-            if rank == 0:
-                with writing(folder):
-                    sampler.save_trained(model, processor, args, folder)
             rest = {"settings": settings, "before": before, "skipped": (skipped, in_a_row)}
-            save_checkpoint(folder, step, args.keep, model, optimizer, rest, args.device)
+            save_run(folder, step, args, model, processor, optimizer, rest)
         if stopping:
             bar.close()
             leave(stop, step, steps, say)

@@ -22,6 +22,18 @@ def pytest_configure(config):
     config.option.markexpr = config.option.markexpr or "not slow"
 
 
+def python(processes=1):
+    """What a command line starts with, for so many processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *(torchrun if processes > 1 else [])]
+
+
+def timeless(lines):
+    """Lines of a log less what a clock has measured."""
+    clocked = lambda key: "second" in key or "_per_s" in key
+    return [{k: v for k, v in line.items() if not clocked(k)} for line in lines]
+
+
 def serve(*options, **environment):
     """(process, port) of a reference server of the tiny model that listens."""
     from ref_server import child_port
@@ -71,17 +83,8 @@ def run(tmp_path):
 
     def call(command, processes=1, fails=False):
         script, *options = command.split()
-        start = [sys.executable]
-        if processes > 1:
-            start += [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={processes}",
-            ]
-        done = subprocess.run(
-            [*start, str(ROOT / script), *options], cwd=tmp_path, capture_output=True, text=True
-        )
+        command = [*python(processes), str(ROOT / script), *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode != 0) == fails, done.stdout + done.stderr
         return done.stderr if fails else done.stdout
 

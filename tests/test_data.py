@@ -271,11 +271,11 @@ def test_bad_records_are_left_out_only_on_request_and_every_one_is_listed(tmp_pa
         data.load_sound("tiny", tmp_path, "test", False)
     samples, problems = data.load_sound("tiny", tmp_path, "test", True)
     assert [sample.ref_id for sample in samples] == [5]
-    data.list_skipped(problems, "4 records of test")
+    data.list_skipped(problems, samples, "test")
     first, *rest = capsys.readouterr().out.splitlines()
     assert first == "skipped 3 of 4 records of test:" and rest == problems
     assert [line[:14] for line in rest] == ["ref 6 (a.jpg):", "ref 7 (b.jpg):", "ref 8 (a.jpg):"]
-    data.list_skipped([], "4 records of test")
+    data.list_skipped([], samples, "test")
     assert not capsys.readouterr().out
 
 

@@ -261,7 +261,10 @@ sampler.run_script(ref_server.main, ref_server.get_args())
 def start_loading(*options):
     """A server that loads a model for a minute."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen([sys.executable, "-c", LOADING, *options], text=True, **pipes)
+    # where pytest runs in a script's background, it ignores Ctrl-C, and so would what it starts
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-c", LOADING, *options]
+    process = subprocess.Popen(command, text=True, preexec_fn=listens, **pipes)
     assert process.stdout.readline() == "loading\n"
     return process
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, timeless
 from safetensors.torch import load_file
 
 import data
@@ -241,9 +241,6 @@ def test_a_setting_out_of_range_ends_in_one_line(options, capsys):
 
 def test_the_same_seed_gives_the_same_run(train):
     common = "--max_step 2 --batch_size 2 --beta 0 --lr 1e-3"
-    timeless = lambda lines: [
-        {k: v for k, v in line.items() if "second" not in k and "_per_s" not in k} for line in lines
-    ]
     first = timeless(train(common))
     assert first == timeless(train(common)) != timeless(train(f"{common} --seed 1"))
 
