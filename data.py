@@ -29,8 +29,10 @@ import struct
 import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -128,6 +130,61 @@ def mask_to_box(mask):
     if not len(rows):
         return np.zeros(4)
     return np.array([cols[0], rows[0], cols[-1] + 1, rows[-1] + 1], dtype=np.float64)
+
+
+def components(mask, least=0.01):
+    """The instances of a bool mask (H, W): its 8-connected parts, a list of masks in the order of
+    their first pixels. Below the share `least` of the whole, all but the largest are crumbs.
+
+    Runs of pixels join the runs above that they touch (union-find), so that the time depends on
+    outlines, not on pixels.
+    """
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))), axis=1)  # (H, W + 1)
+    row, column = np.nonzero(edges)
+    row, start, end = row[::2].tolist(), column[::2].tolist(), column[1::2].tolist()
+    parent, above = list(range(len(row))), 0
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for i in range(len(row)):
+        while row[above] < row[i] - 1 or (row[above] == row[i] - 1 and end[above] < start[i]):
+            above += 1
+        j = above
+        while row[j] == row[i] - 1 and start[j] <= end[i]:
+            parent[root(i)] = root(j)
+            j += 1
+    roots, part = np.unique([root(i) for i in range(len(row))], return_inverse=True)
+    part = np.repeat(part, np.subtract(end, start).astype(int))  # of every pixel, row by row
+    areas = np.bincount(part, minlength=len(roots))
+    parts = []
+    for k in np.flatnonzero(areas >= min(least * len(part), areas.max(initial=0))):
+        parts.append(np.zeros_like(mask))
+        parts[-1][mask] = part == k
+    return parts
+
+
+def inner_points(mask):
+    """Two points (2, 2) well inside a bool mask (H, W) that is not empty: the pixel deepest in it,
+    and the one farthest from there of those at least half as deep.
+
+    Depth is counted in erosions, on every n-th pixel of a large mask.
+    """
+    x1, y1, x2, y2 = mask_to_box(mask).astype(int)
+    step = math.ceil(max(x2 - x1, y2 - y1) / 64)
+    step = step if mask[y1:y2:step, x1:x2:step].any() else 1  # too thin to be thinned out
+    left = np.pad(mask[y1:y2:step, x1:x2:step], 1)
+    depth = np.zeros(left.shape, dtype=int)
+    while left.any():
+        depth += left
+        left[1:-1, 1:-1] &= left[:-2, 1:-1] & left[2:, 1:-1] & left[1:-1, :-2] & left[1:-1, 2:]
+    rows, columns = np.nonzero(2 * depth >= depth.max())
+    pixels = np.stack([columns, rows], -1)  # (N, 2)
+    first = pixels[depth[rows, columns].argmax()]
+    second = pixels[((pixels - first) ** 2).sum(1).argmax()]
+    return np.stack([first, second]) * step - step + np.array([x1, y1]) + 0.5
 
 
 # ------------------------------------------------------------------------- masks on disk: COCO RLE
@@ -284,6 +341,7 @@ class Sample:
     segmentation: object
     size: tuple[int, int]
     weak: bool = False  # the phrase is only the class name (weakly labelled RRSIS-D)
+    reasons: list[str] = field(default_factory=list)  # what a data set says of its answers
 
     @property
     def name(self):
@@ -501,7 +559,8 @@ def list_skipped(problems, samples, split):
 
 
 def load_for_training(args, rank):
-    """(samples of args.split whose mask is not empty, those of val or [] with --val_limit 0)."""
+    """(samples of args.split, those of val or [] with --val_limit 0). Only --prompts sam has an
+    answer for an empty mask: else those are left out of the first."""
     if rank == 0 and args.option == "demo":  # drawn before the others look for it
         load_samples(args.option, args.data_root)
     if dist.is_initialized():
@@ -514,7 +573,9 @@ def load_for_training(args, rank):
         return samples
 
     samples = load(args.split)
-    trainable = [sample for sample in samples if sample.mask.any()]
+    trainable = samples
+    if args.prompts != "sam":
+        trainable = [sample for sample in samples if sample.mask.any()]
     if not trainable:
         empty = f"all {len(samples)} masks are empty"
         raise InputError(f"--split {args.split}: {empty}, expected an object to learn from")
@@ -597,12 +658,17 @@ BOX_TASK = "Find the object that the phrase describes and give its box as [x1,y1
 POINT_TASK = (
     "Judge each point in order: 1 if it lies on the object that the phrase describes, 0 if not."
 )
+SAM_TASK = (
+    "List every object that the phrase asks for, as JSON: its bbox_2d [x1,y1,x2,y2] and two "
+    "positive_points [x,y] on it. [] if there is none."
+)
 RELATIVE = "Coordinates are integers from 0 to 1000."
 ABSOLUTE = "Coordinates are pixels of the {}x{} image."
 THINK = "Reason between <think> and </think> first, then answer between <answer> and </answer>."
 NO_THINK = "Answer between <answer> and </answer>, without any reasoning."
 
 
+PROMPTS_HELP = "points: a box, then the labels of a grid in it; sam: all instances at once, think"
 MOST_CHARS = 2000  # of a phrase: some 500 tokens
 CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], " ")  # Unicode's category Cc
 
@@ -643,10 +709,21 @@ def point_prompt(phrase, points, frame=(1000, 1000), think=False):
     )
 
 
-def box_answer(box, rationale=None):
-    """Target text for a box (4,) in the model's frame, at least one unit wide and high."""
+def sam_prompt(phrase, frame=(1000, 1000)):
+    """All in one question: phrase -> box and two points of each instance, which SAM takes as they
+    are. Source: Think2Seg-RS."""
+    return f"Phrase: {clean_phrase(phrase)}\n{_instructions(SAM_TASK, frame, think=True)}"
+
+
+def _whole(box):
+    """A box (4,) in whole units, at least one wide and high, as a list."""
     x1, y1, x2, y2 = np.rint(box).astype(int).tolist()
-    return _answer([x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)], rationale)
+    return [x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)]
+
+
+def box_answer(box, rationale=None):
+    """Target text for a box (4,) in the model's frame."""
+    return _answer(_whole(box), rationale)
 
 
 def point_answer(labels, rationale=None):
@@ -654,9 +731,16 @@ def point_answer(labels, rationale=None):
     return _answer([int(label) for label in labels], rationale)
 
 
-def _answer(numbers, rationale):
+def sam_answer(instances, rationale):
+    """Target text for [(box (4,), points (2, 2))] in the model's frame."""
+    whole = lambda points: np.rint(points).astype(int).tolist()
+    items = [{"bbox_2d": _whole(box), "positive_points": whole(p)} for box, p in instances]
+    return _answer(items, rationale)
+
+
+def _answer(value, rationale):
     think = f"<think>{rationale}</think>" if rationale else ""
-    return f"{think}<answer>[{','.join(map(str, numbers))}]</answer>"
+    return f"{think}<answer>{json.dumps(value, separators=(',', ':'))}</answer>"
 
 
 PLACES = [
@@ -691,6 +775,20 @@ def rationale(class_name, box_px, width, height):
     """The reasoning that a think-format target shows, made from the sample: class, size, place."""
     size = size_word(box_scale(box_px, width, height))
     return f"The {size} {plain_text(class_name)} {place_words(*place_of(box_px, width, height))}."
+
+
+def reasoning(sample, index, mask):
+    """Why phrase `index` of a sample has this answer: in the data set's own words if it has any."""
+    if sample.reasons:
+        return sample.reasons[index % len(sample.reasons)]
+    if not mask.any():
+        return "There is none."
+    return rationale(sample.class_name, mask_to_box(mask), *mask.shape[::-1])
+
+
+def true_instances(mask):
+    """[(box (4,), two points in it (2, 2))] in pixels, for every instance of the truth."""
+    return [(mask_to_box(part), inner_points(part)) for part in components(mask)]
 
 
 # ------------------------------------------------------------------------- answers
@@ -772,16 +870,127 @@ def parse_labels(text):
     return None if labels is None else labels[1].tolist()
 
 
+class Instance(NamedTuple):
+    """One object of an answer to sam_prompt, in the model's frame."""
+
+    box: tuple  # (4,)
+    points: list  # of (x, y)
+
+
+_OBJECT = re.compile(r"bbox_2d\W{0,8}\[([^][]{0,80})\]")
+_PAIR = re.compile(r"\[([^][,]{1,20},[^][,]{1,20})\]")
+MOST_INSTANCES = 64  # of one answer: each is a mask that SAM decodes
+
+
+def parse_instances(text):
+    """A model's text -> list of Instance, empty for [], or None. No text raises.
+
+    Strict: the last <answer>…</answer> holds a JSON list of {"bbox_2d", "positive_points"}, with
+    two points each, and nothing else.
+    """
+    span = _answer_span(text)
+    if span is None or span[1] - span[0] > 200 * MOST_INSTANCES:
+        return None
+    try:
+        items = json.loads(text[slice(*span)])
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(items, list) or len(items) > MOST_INSTANCES:
+        return None
+    found = []
+    for item in items:
+        if not isinstance(item, dict) or set(item) != {"bbox_2d", "positive_points"}:
+            return None
+        box, points = item["bbox_2d"], item["positive_points"]
+        if not _is_box(box) or not isinstance(points, list) or len(points) != 2:
+            return None
+        if not all(map(_is_point, points)):
+            return None
+        found.append(Instance(tuple(map(float, box)), [tuple(map(float, p)) for p in points]))
+    return found
+
+
+def _is_point(point):
+    return (
+        isinstance(point, list)
+        and len(point) == 2
+        and all(type(v) in (int, float) and abs(v) < 1e6 for v in point)
+    )
+
+
+def repair_instances(text):
+    """What can be made out in an answer that parse_instances refuses: its legible boxes, with
+    corners put in order, each with the points written behind it, however many. An empty list only
+    where one is written; None if nothing is legible. No text raises.
+
+    SAM can use what was cut off in the middle or lacks a bracket; the format reward does not.
+    """
+    span = _answer_span(text)
+    body = text[slice(*span)] if span else text[max(text.rfind("<answer>"), 0) :]
+    places = list(islice(_OBJECT.finditer(body), MOST_INSTANCES + 1))
+    if not places:
+        return [] if body.replace("json", "").strip("` \n") == "[]" else None
+    found = []
+    ends = [place.start() for place in places[1:]] + [places[-1].end() + 1000]
+    for place, end in zip(places[:MOST_INSTANCES], ends):
+        box = _numbers(place[1])
+        if box is None or len(box) != 4:
+            continue
+        (x1, x2), (y1, y2) = sorted(box[::2]), sorted(box[1::2])
+        pairs = map(_numbers, _PAIR.findall(body, place.end(), min(end, place.end() + 1000)))
+        if x1 < x2 and y1 < y2:
+            found.append(Instance((x1, y1, x2, y2), [pair for pair in pairs if pair]))
+    return found or None
+
+
+def _numbers(text):
+    """Numbers with commas between them -> tuple of floats, or None."""
+    try:
+        numbers = tuple(map(float, text.split(",")))
+    except ValueError:
+        return None
+    return numbers if all(abs(v) < 1e6 for v in numbers) else None  # nor nan
+
+
+def find_instances(text):
+    """(instances, whether they had to be repaired); (None, False) if there are none to be read."""
+    strict = parse_instances(text)
+    repaired = repair_instances(text) if strict is None else None
+    return (strict, False) if repaired is None else (repaired, True)
+
+
+def merge_duplicates(instances, most=0.5):
+    """Less those that were said before: whose box has an IoU above `most` with one that is kept."""
+    iou = box_iou(*[[instance.box for instance in instances]] * 2)
+    kept = []
+    for i in range(len(instances)):
+        if not (iou[i, kept] > most).any():
+            kept.append(i)
+    return [instances[i] for i in kept]
+
+
 # ------------------------------------------------------------------------- questions
 
 
+class Question(NamedTuple):
+    image: Image.Image
+    prompt: str
+    answer: str  # that SFT teaches: the truth, in the model's frame
+    task: str  # "box", "point" or "sam"
+    mask: np.ndarray  # the truth, bool (H, W)
+    frame: tuple  # see sampler.answer_frame
+    box_px: np.ndarray = None  # of the point task: (4,), the box that the points lie in
+    points_px: np.ndarray = None  # (N, 2)
+
+
 class Questions(Dataset):
-    """(epoch, index, task) -> (image, prompt, answer), what both stages of training ask.
+    """(epoch, index, task) -> Question, what both stages of training ask.
 
     task: "box", or "point" for the labels of a grid in the true box, jittered, or in any object's
-    (share `miss_ratio`). A share `think_ratio` of the answers reasons. frame_of(width, height): see
-    sampler.answer_frame. args: seed, think_ratio, miss_ratio, jitter. The key alone seeds every
-    draw, so that a question does not depend on the process or the worker that makes it.
+    (share `miss_ratio`); with --prompts sam, one question takes the place of both. A share
+    `think_ratio` of the answers reasons. frame_of(width, height): see sampler.answer_frame. args:
+    prompts, seed, think_ratio, miss_ratio, jitter. The key alone seeds every draw, so that a
+    question does not depend on the process or the worker that makes it.
     """
 
     def __init__(self, samples, frame_of, args):
@@ -797,21 +1006,27 @@ class Questions(Dataset):
         image, mask = sample.image(), sample.mask
         width, height = image.size
         frame = self.frame_of(width, height)
-        phrase = sample.phrases[rng.integers(len(sample.phrases))]
+        chosen = rng.integers(len(sample.phrases))
+        phrase = sample.phrases[chosen]
+        to_frame = lambda coords: rescale(coords, image.size, frame)
+        if args.prompts == "sam":
+            found = [(to_frame(box), to_frame(points)) for box, points in true_instances(mask)]
+            answer = sam_answer(found, reasoning(sample, chosen, mask))
+            return Question(image, sam_prompt(phrase, frame), answer, "sam", mask, frame)
         box = mask_to_box(mask)
         think = bool(rng.random() < args.think_ratio)
-        why = rationale(sample.class_name, box, width, height) if think else None
+        why = reasoning(sample, chosen, mask) if think else None
         if task == "box":
-            target = rescale(box, image.size, frame)
-            return image, box_prompt(phrase, frame, think), box_answer(target, why)
+            prompt = box_prompt(phrase, frame, think)
+            return Question(image, prompt, box_answer(to_frame(box), why), "box", mask, frame)
         if rng.random() < args.miss_ratio:  # from true boxes alone one learns that 1 is always safe
             others = self.in_image[sample.image_path]
             box = mask_to_box(others[rng.integers(len(others))].mask)
         box = jitter_box(box, width, height, rng, args.jitter)
         points = grid_points(box, width, height)
-        labels = label_points(points, mask)
-        shown = rescale(points, image.size, frame)
-        return image, point_prompt(phrase, shown, frame, think), point_answer(labels, why)
+        prompt = point_prompt(phrase, to_frame(points), frame, think)
+        answer = point_answer(label_points(points, mask), why)
+        return Question(image, prompt, answer, "point", mask, frame, box, points)
 
 
 class Order:

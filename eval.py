@@ -62,9 +62,11 @@ def get_args(argv=None):
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--split", default="test", help="split to evaluate")
     add("--skip_bad", action=on_off, default=False, help="leave bad records out, and list them")
+    add("--size", type=int, choices=[480, 840, 1000], help="compare at this size, not the native")
     add("--image", help="segment this image file instead of a split; needs --query")
     add("--query", help="phrase for --image")
     # the model
+    add("--prompts", choices=["points", "sam"], default="points", help=data.PROMPTS_HELP)
     add("--use_think", **bare, help="reason before answering")
     add("--temperature", type=float, default=0.0, help="0: greedy")
     add("--best_of", type=int, default=1, help="answers per phrase; SAM and confidence pick one")
@@ -99,6 +101,12 @@ def get_args(argv=None):
         parser.error("--temperature and --seed start at 0, --max_new_tokens at 1")
     if args.best_of > 1 and args.temperature == 0:
         parser.error("--best_of needs answers that differ: set --temperature, for example 0.9")
+    if args.prompts == "sam":
+        args.use_think = True
+        if args.oracle == "box" and args.points != "none":
+            parser.error(
+                "--prompts sam: --oracle points has the true points, --points none has none"
+            )
     if args.paper:
         args.k_min, args.multimask = 1, True
     return args
@@ -112,33 +120,49 @@ def summarize(rows):
     if not rows:
         return {}
     iou = np.array([row["iou"] for row in rows])
+    no_target = np.array([row["no_target"] for row in rows])
     points = [row["point_acc"] for row in rows if row["point_acc"] is not None]
     union = sum(row["union"] for row in rows)
+    oiou = sum(row["inter"] for row in rows) / union if union else 1.0
     return {
         "n": len(rows),
         "n_failed": sum(row["failed"] for row in rows),
+        "n_no_target": int(no_target.sum()),
         "miou": iou.mean(),
-        "oiou": sum(row["inter"] for row in rows) / union if union else 1.0,
+        "oiou": oiou,
+        "giou": iou.mean(),  # what papers on questions without a target call the two
+        "ciou": oiou,
+        "miou_target": iou[~no_target].mean() if not no_target.all() else None,
+        "no_target_acc": (iou[no_target] == 1).mean() if no_target.any() else None,
         **{f"pr@{t}": (iou >= t).mean() for t in THRESHOLDS},
         "box_iou": np.mean([row["box_iou"] for row in rows]),
         "point_acc": np.mean(points) if points else None,  # None: no points were asked for
     }
 
 
-def box_score(boxes, true_box):
-    """IoU of predicted boxes (N, 4) with one true box, N > 1 divided by N: extra boxes cost.
+def true_boxes(mask, prompts):
+    """The boxes (M, 4) to answer with: one around all of the truth or, with --prompts sam, one
+    around each instance."""
+    parts = data.components(mask) if prompts == "sam" else [mask] * int(mask.any())
+    return np.reshape([data.mask_to_box(part) for part in parts], (-1, 4))
 
-    Where there is nothing to find (a box of zeros), 1 for no box and 0 for any.
+
+def box_score(boxes, truth):
+    """IoU of predicted boxes (N, 4) with the true ones (M, 4) under the best matching, divided by
+    the larger number: extra and missing boxes cost.
+
+    Where there is nothing to find (no box, or one of zeros), 1 for no box and 0 for any.
     """
-    if not np.any(true_box):
+    if not np.any(truth):
         return float(not len(boxes))
-    return data.matched_iou(boxes, true_box)
+    return data.matched_iou(boxes, truth)
 
 
 def point_score(labels, points_px, mask):
-    """Share of points (N, 2) labelled right; 0 without as many labels as points."""
+    """Share of points (N, 2) labelled right; 0 without as many labels as points. Where there is
+    nothing to find, 1 for no points."""
     if labels is None or len(labels) != len(points_px) or not len(labels):
-        return 0.0
+        return float(not len(points_px) and not mask.any())
     return float((np.array(labels) == sampler.label_points(points_px, mask)).mean())
 
 
@@ -220,12 +244,52 @@ def ask_labels(model, processor, views, phrases, points, args):
     return judged
 
 
+def ask_instances(model, processor, views, phrases, args):
+    """--prompts sam: images and phrases (B) -> [(text, [(box (4,), points (N, 2))] in pixels, or
+    None if nothing can be read, whether the text had to be repaired)]."""
+    prompts = [data.sam_prompt(*pair) for pair in zip(phrases, views.frames)]
+    answers = ask(model, processor, views, prompts, args.max_new_tokens, args)
+    found = []
+    for (text, _), image, frame in zip(answers, views.images, views.frames):
+        instances, repaired = data.find_instances(text)
+        if instances is not None:
+            to_pixels = lambda coords: data.rescale(coords, frame, image.size)
+            instances = [
+                (
+                    to_pixels(one.box).clip(0, [*image.size] * 2),
+                    to_pixels(one.points).reshape(-1, 2),
+                )
+                for one in data.merge_duplicates(instances)
+            ]
+        found.append((text, instances, repaired))
+    return found
+
+
+def predict_instances(model, processor, images, phrases, truths, args):
+    """`predict` with --prompts sam: one answer holds the boxes and points of all instances."""
+    if args.oracle:
+        found = [(None, data.true_instances(truth), False) for truth in truths]
+    else:
+        found = ask_instances(model, processor, look(model, processor, images), phrases, args)
+    rows = []
+    for text, instances, repaired in found:
+        grids = [points[: None if args.points != "none" else 0] for _, points in instances or []]
+        points = np.concatenate([np.zeros((0, 2)), *grids])
+        row = {"answer_box": text, "answer_points": None, "grids": grids, "points_px": points}
+        row["box_px"] = np.reshape([box for box, _ in instances or []], (-1, 4))
+        row |= {"labels": [1] * len(points), "confidence": [1.0] * len(points)}
+        rows.append({**row, "failed": instances is None, "repaired": repaired})
+    return rows
+
+
 def predict(model, processor, images, phrases, truths, args):
     """Stages I and II for a batch of images and phrases (B) -> rows with boxes, points, labels.
 
     `truths`: masks (B), looked at with --oracle only. Random points are drawn by phrase, so that
     they do not depend on batches, processes or resuming.
     """
+    if args.prompts == "sam":
+        return predict_instances(model, processor, images, phrases, truths, args)
     views = look(model, processor, images) if model is not None else None
     nothing = {"answer_box": None, "answer_points": None, "labels": None, "confidence": []}
     rows = [dict(nothing) for _ in images]
@@ -239,7 +303,7 @@ def predict(model, processor, images, phrases, truths, args):
         rng = np.random.default_rng([args.seed, zlib.crc32(phrase.encode())])
         grids = [place_points(box, *image.size, args, rng) for box in found]
         points = np.concatenate([np.zeros((0, 2)), *grids])
-        row.update(box_px=found, points_px=points, grids=grids)
+        row.update(box_px=found, points_px=points, grids=grids, failed=not len(found))
     if args.oracle == "points":
         for row, truth in zip(rows, truths):
             row["labels"] = sampler.label_points(row["points_px"], truth).tolist()
@@ -273,17 +337,27 @@ def segment(segmenter, image, key, row, args):
     return segmenter.segment_union(prompts)
 
 
-def score(row, sample, sentence, truth, mask, sam_score, asked):
-    """The line of predictions.jsonl for one phrase; `asked`: whether points were judged at all."""
-    true_box = data.mask_to_box(truth)
-    inter, union, iou = data.mask_iou(mask, truth)
+def compare(mask, truth, size):
+    """data.mask_iou at native size, or (--size) as papers have it that compare at size x size."""
+    if size:
+        fit = lambda m: np.asarray(Image.fromarray(m).resize((size, size), Image.NEAREST))
+        mask, truth = fit(mask), fit(truth)
+    return data.mask_iou(mask, truth)
+
+
+def score(row, sample, sentence, truth, mask, sam_score, args):
+    """The line of predictions.jsonl for one phrase."""
+    inter, union, iou = compare(mask, truth, args.size)
+    share = data.box_scale(data.mask_to_box(truth), truth.shape[1], truth.shape[0])
+    judged = args.points != "none"
     return {
         "ref_id": sample.ref_id,
         "sentence": sentence,
         "image": sample.image_path.name,
         "phrase": sample.phrases[sentence],
         "class_name": sample.class_name,
-        "scale": data.size_word(data.box_scale(true_box, truth.shape[1], truth.shape[0])),
+        "scale": data.size_word(share) if share else None,
+        "no_target": not truth.any(),
         "answer_box": row["answer_box"],
         "answer_points": row["answer_points"],
         "box_px": row["box_px"].round(2).tolist(),
@@ -295,9 +369,9 @@ def score(row, sample, sentence, truth, mask, sam_score, asked):
         "inter": inter,
         "union": union,
         "iou": iou,
-        "box_iou": box_score(row["box_px"], true_box),
-        "point_acc": point_score(row["labels"], row["points_px"], truth) if asked else None,
-        "failed": not len(row["box_px"]),
+        "box_iou": box_score(row["box_px"], true_boxes(truth, args.prompts)),
+        "point_acc": point_score(row["labels"], row["points_px"], truth) if judged else None,
+        **{key: row[key] for key in ("failed", "repaired") if key in row},
     }
 
 
@@ -315,7 +389,7 @@ def evaluate(model, processor, segmenter, batch, args):
 
     With --best_of n every phrase is answered n times; its image and truth are read once.
     """
-    n, asked = args.best_of, args.points != "none"
+    n = args.best_of
     images, truths = open_images([s for s, _ in batch]), [s.mask for s, _ in batch]
     repeat = lambda values: [value for value in values for _ in range(n)]
     phrases = repeat(sample.phrases[i] for sample, i in batch)
@@ -325,17 +399,19 @@ def evaluate(model, processor, segmenter, batch, args):
         candidates = []
         for row in rows[k * n : k * n + n]:
             mask, sam_score = segment(segmenter, images[k], sample.image_path, row, args)
-            candidates.append(score(row, sample, i, truths[k], mask, sam_score, asked))
+            candidates.append(score(row, sample, i, truths[k], mask, sam_score, args))
         lines.append(best(candidates) if n > 1 else candidates[0])
     return lines
 
 
-def validate(model, processor, samples, use_think=False, batch_size=64, limit=200):
+def validate(
+    model, processor, samples, use_think=False, batch_size=64, limit=200, prompts="points"
+):
     """Greedy box IoU and point accuracy of `limit` samples spread evenly: for training, no SAM.
 
     Every process takes its share; all get the result.
     """
-    args = get_args(["--use_think", str(use_think)])
+    args = get_args(["--use_think", str(use_think), "--prompts", prompts])
     picks = np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     samples = [samples[i] for i in picks[rank::world]]
@@ -347,7 +423,7 @@ def validate(model, processor, samples, use_think=False, batch_size=64, limit=20
         rows = predict(model, processor, images, phrases, truths, args)
         for row, truth in zip(rows, truths):
             points = point_score(row["labels"], row["points_px"], truth)
-            box = box_score(row["box_px"], data.mask_to_box(truth))
+            box = box_score(row["box_px"], true_boxes(truth, prompts))
             totals += torch.tensor([box, points, 1], device=model.device)
     if world > 1:
         dist.all_reduce(totals)
@@ -355,17 +431,16 @@ def validate(model, processor, samples, use_think=False, batch_size=64, limit=20
 
 
 def validate_both(model, processor, samples, args):
-    """`validate` without and with reasoning; [] without samples. args: val_batch_size, val_limit"""
-    return [
-        validate(model, processor, samples, think, args.val_batch_size, args.val_limit)
-        for think in (False, True)
-        if samples
-    ]
+    """`validate` without and with reasoning, which --prompts sam always has; [] without samples.
+    args: val_batch_size, val_limit, prompts."""
+    options = args.val_batch_size, args.val_limit, args.prompts
+    thinks = (True,) if args.prompts == "sam" else (False, True)
+    return [validate(model, processor, samples, think, *options) for think in thinks if samples]
 
 
 def print_gain(before, after):
     """What a stage of training brought, by two results of `validate_both`."""
-    for name, old, new in zip(("no think", "think"), before, after):
+    for name, old, new in zip(("no think", "think")[-len(before) :], before, after):
         print(
             f"val, {name:<8}: box IoU {old['box_iou']:.3f} -> {new['box_iou']:.3f}, "
             f"point accuracy {old['point_acc']:.3f} -> {new['point_acc']:.3f}"
@@ -507,12 +582,14 @@ def protocol_of(args, path):
     scaled = f"alpha={args.alpha:g} k={args.k_min}-{args.k_max}"
     sides = f"k={args.k_min}" if args.points == "fixed" else scaled
     grid = f"{args.points} {sides} theta={args.theta:g}"
+    grid = "two per instance" if args.prompts == "sam" else grid
     return {
         "option": args.option,
         "split": args.split,
         "model": f"oracle {args.oracle}" if args.oracle else path,
         "sam": "tiny_sam" if args.sam_ckpt == str(sampler.TINY_SAM) else Path(args.sam_ckpt).name,
-        "size": "native",
+        "size": f"{args.size} x {args.size}, as some papers" if args.size else "native",
+        "prompts": args.prompts,
         "use_think": args.use_think,
         "points": ("none" if args.points == "none" else grid) + " multimask" * args.multimask,
         "decoding": f"tau={args.temperature:g} best of {args.best_of}"

@@ -40,6 +40,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -82,6 +83,7 @@ def get_args(argv=None):
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--split", default="train", help="split to train on")
     # prompts and rollouts
+    add("--prompts", choices=["points", "sam"], default="points", help=data.PROMPTS_HELP)
     add("--point_ratio", type=float, default=0.2, help="share of micro-batches on the point task")
     add("--miss_ratio", type=float, default=0.15, help="share of grids in any object's box")
     add("--think_ratio", type=float, help="share of prompts that ask for reasoning")
@@ -90,9 +92,13 @@ def get_args(argv=None):
     add("--temperature", type=float, default=0.9, help="tau, of sampling and of all log-probs")
     add("--max_new_tokens", type=int, help="limit of one completion")
     # rewards
-    add("--box_weight", type=float, default=1.0, help="of the IoU reward")
-    add("--point_weight", type=float, default=1.0, help="of the point-accuracy reward")
-    add("--format_weight", type=float, default=1.0, help="of the format reward")
+    add("--reward", default="box,point", help="what is rewarded beside the format: box,point,mask")
+    add("--box_weight", type=float, default=1.0, help="of the boxes' IoU")
+    add("--point_weight", type=float, default=1.0, help="of the points' accuracy")
+    add("--mask_weight", type=float, default=2.0, help="of the IoU of what SAM makes of them")
+    add("--json_weight", type=float, default=1.0, help="of valid JSON, with --prompts sam")
+    add("--format_weight", type=float, default=1.0, help="of the format")
+    add("--sam_ckpt", default=str(sampler.TINY_SAM), help="weights of the SAM in --reward mask")
     # loss
     add("--loss", choices=["grpo", "dr_grpo", "dapo"], default="grpo", help="weight of a token")
     add("--beta", type=float, default=0.04, help="weight of the KL penalty; 0: no reference")
@@ -136,6 +142,9 @@ def get_args(argv=None):
     ratios = "point_ratio miss_ratio think_ratio warmup eps_low"
     sft.check_range(parser, args, ratios, 0, 1)
     sft.check_range(parser, args, "clip temperature ref_patience", 1e-9)
+    args.reward = args.reward.split(",")
+    if not set(args.reward) <= {"box", "point", "mask"}:
+        parser.error(f"--reward {','.join(args.reward)}: expected some of box,point,mask")
     if args.ref_url and not all(map(_URL.fullmatch, args.ref_url.split(","))):
         parser.error(
             f"--ref_url {args.ref_url}: expected http://host:port, or several, comma-separated"
@@ -146,8 +155,8 @@ def get_args(argv=None):
 
 
 # ------------------------------------------------------------------------- rewards
-# Each takes a completion's text and gives a number from 0 to 1. `answer` is what SFT would have
-# taught for the same prompt: it holds the truth, in the model's own frame.
+# Each takes a completion's text and gives a number from 0 to 1; SAM takes a whole group. `answer`
+# is what SFT would have taught for the same prompt: it holds the truth, in the model's own frame.
 
 _BODY = "(?:(?!</?think>|</?answer>).)+"
 _THINK = re.compile(rf"\s*<think>{_BODY}</think>\s*<answer>{_BODY}</answer>\s*", re.DOTALL)
@@ -172,6 +181,81 @@ def format_reward(text, answer):
     asked for, with nothing else around."""
     wanted = _THINK if answer.startswith("<think>") else _NO_THINK
     return float(wanted.fullmatch(text) is not None)
+
+
+def json_reward(text):
+    """1 for an answer to --prompts sam that can be read as it stands, without repair."""
+    return float(data.parse_instances(text) is not None)
+
+
+def instance_reward(text, question):
+    """box_reward for --prompts sam. Where there is nothing to find, 1 for an empty list."""
+    found, truth = data.find_instances(text)[0], data.parse_instances(question.answer)
+    if not truth:
+        return float(found == [])
+    return data.matched_iou([one.box for one in found or []], [one.box for one in truth])
+
+
+def on_target_reward(text, question):
+    """point_reward for --prompts sam: share of points that lie on the target. Where there is
+    nothing to find, 1 for an empty list."""
+    found = data.find_instances(text)[0]
+    points = [point for one in found or [] for point in one.points]
+    if not points:
+        return float(found == [] and not question.mask.any())
+    points = data.rescale(points, question.frame, question.image.size)
+    return float(sampler.label_points(points, question.mask).mean())
+
+
+def sam_prompts(text, question):
+    """What an answer asks of SAM, [(box, points, labels)] in pixels: empty for an empty list, None
+    where nothing can be read."""
+    to_pixels = lambda coords: data.rescale(coords, question.frame, question.image.size)
+    if question.task == "point":  # the box is given, and the answer says what its points are
+        labels = data.parse_labels(text)
+        if labels is None or len(labels) != len(question.points_px):
+            return None
+        return [(question.box_px, question.points_px, np.array(labels))]
+    if question.task == "box":
+        boxes = data.parse_boxes(text)
+        return boxes and [(to_pixels(box), np.zeros((0, 2)), np.zeros(0)) for box in boxes]
+    found = data.find_instances(text)[0]
+    return found and [
+        (to_pixels(one.box), to_pixels(np.reshape(one.points, (-1, 2))), np.ones(len(one.points)))
+        for one in data.merge_duplicates(found)
+    ]
+
+
+def mask_reward(texts, question, segmenter):
+    """IoU of the truth with what SAM makes of each answer. The image is embedded once and all
+    instances of all answers are decoded together. Where there is nothing to find, 1 for an answer
+    that says so. What SAM cannot do is an error, not a 0. Source: Think2Seg-RS."""
+    asked = [sam_prompts(text, question) for text in texts]
+    segmenter.set_image(question.image)
+    masks = segmenter.segment_unions([prompts or [] for prompts in asked])
+    ious = [data.mask_iou(mask, question.mask)[2] for mask, _ in masks]
+    return [0.0 if prompts is None else iou for prompts, iou in zip(asked, ious)]
+
+
+REWARDS = ("box", "point", "mask", "json", "format")
+
+
+def reward_group(texts, question, args, segmenter):
+    """{name: rewards (G,)} of the completions of one question, as --reward and its task have it."""
+    answer, each = question.answer, {}
+    if question.task == "sam":
+        each["box"] = [instance_reward(text, question) for text in texts]
+        each["point"] = [on_target_reward(text, question) for text in texts]
+    else:
+        score = box_reward if question.task == "box" else point_reward
+        each[question.task] = [score(text, answer) for text in texts]
+    each = {name: rewards for name, rewards in each.items() if name in args.reward}
+    if "mask" in args.reward:
+        each["mask"] = mask_reward(texts, question, segmenter)
+    if question.task == "sam":
+        each["json"] = [json_reward(text) for text in texts]
+    each["format"] = [format_reward(text, answer) for text in texts]
+    return {name: torch.tensor(rewards) for name, rewards in each.items()}
 
 
 # ------------------------------------------------------------------------- advantages and loss
@@ -216,38 +300,42 @@ def policy_loss(logp, old_logp, ref_logp, adv, weight, args):
 CLOCKS = ("rollout", "reference", "scoring", "update")  # seconds
 # what a process sums up during an update; the log holds means of these over all processes
 SUMS = (
-    *("completions", "reward", "format", "length", "truncated", "gap", "groups", "std", "dropped"),
-    *("box_completions", "box", "point_completions", "point", "prompt_tokens"),
+    *("completions", "reward", "length", "truncated", "gap", "groups", "std", "dropped"),
+    *REWARDS,
+    *(f"{name}_completions" for name in REWARDS),
+    *("repaired", "prompt_tokens"),
     *("trained", "trained_tokens", "policy_loss", "kl", "clipped", "loss_tokens"),
     *CLOCKS,
     "stopping",
 )
 
 
-def roll_out(model, processor, images, prompts, answers, task, args, sums):
-    """Steps 2 to 4 for B prompts of one task: (prompt, completions, mask, adv), less the groups
+def roll_out(model, processor, segmenter, questions, args, sums):
+    """Steps 2 to 4 for B questions of one task: (prompt, completions, mask, adv), less the groups
     that say nothing; None if none is left."""
+    images, prompts = [q.image for q in questions], [q.prompt for q in questions]
     prompt = data.collate(processor, images, prompts)
     ids, mask, behaviour = sampler.sample_group(
         model, processor, prompt, args.group, args.max_new_tokens, args.temperature
     )  # (B*G, C) each
-    tokenizer, score = processor.tokenizer, box_reward if task == "box" else point_reward
+    tokenizer = processor.tokenizer
     rows = [row[kept].tolist() for row, kept in zip(ids, mask)]
     cut = torch.tensor([row[-1] != tokenizer.eos_token_id for row in rows])  # (B*G,)
     texts = [tokenizer.decode(row if c else row[:-1]) for row, c in zip(rows, cut)]
-    answers = [answer for answer in answers for _ in range(args.group)]
-    task_reward = torch.tensor([score(t, a) for t, a in zip(texts, answers)])
-    format_kept = torch.tensor([format_reward(t, a) for t, a in zip(texts, answers)])
-    weight = args.box_weight if task == "box" else args.point_weight
-    rewards = (weight * task_reward + args.format_weight * format_kept).view(-1, args.group)
+    rewards = torch.zeros(len(questions), args.group)
+    for b, question in enumerate(questions):
+        group = texts[b * args.group : (b + 1) * args.group]
+        for name, each in reward_group(group, question, args, segmenter).items():
+            rewards[b] += getattr(args, f"{name}_weight") * each
+            sums[name] += each.sum().item()
+            sums[f"{name}_completions"] += len(each)
+        if question.task == "sam":
+            sums["repaired"] += sum(data.find_instances(text)[1] for text in group)
     adv = advantages(rewards, scale=args.loss != "dr_grpo")  # (B, G)
     telling = rewards.amax(1) - rewards.amin(1) > 1e-6  # (B,)
 
     sums["completions"] += len(rows)
     sums["reward"] += rewards.sum().item()
-    sums["format"] += format_kept.sum().item()
-    sums[f"{task}_completions"] += len(rows)
-    sums[task] += task_reward.sum().item()
     sums["groups"] += len(rewards)
     sums["std"] += rewards.std(1, correction=0).sum().item()
     sums["dropped"] += (~telling).sum().item()
@@ -294,9 +382,7 @@ def log_line(step, order, sums, world, norm, lr, skipped, seconds, has_reference
         "step": step,
         "epoch": order.epoch,
         "reward": share("reward", "completions"),
-        "reward_box": share("box", "box_completions"),
-        "reward_point": share("point", "point_completions"),
-        "reward_format": share("format", "completions"),
+        **{f"reward_{name}": share(name, f"{name}_completions") for name in REWARDS},
         "reward_std": share("std", "groups"),
         "dropped": share("dropped", "groups"),
         "policy_loss": sums["policy_loss"],
@@ -304,6 +390,7 @@ def log_line(step, order, sums, world, norm, lr, skipped, seconds, has_reference
         "clipped": share("clipped", "loss_tokens"),
         "length": share("length", "completions"),
         "truncated": share("truncated", "completions"),
+        "repaired": share("repaired", "json_completions"),
         "rollout_gap": share("gap", "trained_tokens"),
         "grad_norm": norm,
         "lr": lr,
@@ -339,6 +426,8 @@ def main(args):
         child = ref_server.start_child(args.model_path, ref_device, dtype, half)
     model, processor = sampler.load_policy(args.model_path, args.device, getattr(torch, dtype))
     say(f"model: {args.model_path}, {len(trainable)} refs of {args.option}/{args.split}")
+    rewarding = "mask" in args.reward
+    segmenter = sampler.Segmenter(args.sam_ckpt, args.device) if rewarding else None
     urls = reference_urls(args, child, rank, local_rank, world)
     expected = ref_server.describe(model, processor, args.model_path)
     reference = ref_server.Reference(urls, expected, rank, args.ref_patience, child)
@@ -393,8 +482,8 @@ def main(args):
         batches = []
         for _ in range(args.accumulate):
             keys = next(order)
-            asked = zip(*[questions[key] for key in keys])  # images, prompts, answers
-            batch = roll_out(model, processor, *asked, keys[0][2], args, sums)
+            asked = [questions[key] for key in keys]
+            batch = roll_out(model, processor, segmenter, asked, args, sums)
             if batch is not None:
                 prompt, ids, mask, *_ = batch
                 job = (prompt, ids, mask, args.temperature)

@@ -881,33 +881,51 @@ class Segmenter:
     def segment(self, prompts):
         """[(box (4,), points (N, 2), labels (N,))] in pixels -> [(mask bool (H, W), score)].
 
-        Prompts with the same number of points are decoded in one call. (SAM can pad with label -1,
-        but it attends to padding: a mask would depend on who shares the batch.) Score: the IoU that
-        SAM predicts of its own mask.
+        Prompts with the same number of points are decoded in one call, up to AT_ONCE of them. (SAM
+        can pad with label -1, but it attends to padding: a mask would depend on who shares the
+        batch.) Score: the IoU that SAM predicts of its own mask. InputError if that is nan.
         """
-        predictor, results = self.predictor, [None] * len(prompts)
-        to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=predictor.device)
+        results = [None] * len(prompts)
         for count in sorted({len(points) for _, points, _ in prompts}):
-            chosen = [i for i, (_, points, _) in enumerate(prompts) if len(points) == count]
-            boxes = to_tensor(np.stack([prompts[i][0] for i in chosen]))  # (K, 4)
-            points = to_tensor(
-                np.stack([np.reshape(prompts[i][1], (count, 2)) for i in chosen])
-            )  # (K, N, 2)
-            labels = to_tensor(np.stack([prompts[i][2] for i in chosen]))  # (K, N)
-            resize, size = predictor.transform, predictor.original_size
-            masks, scores, _ = predictor.predict_torch(
-                point_coords=resize.apply_coords_torch(points, size) if count else None,
-                point_labels=labels if count else None,
-                boxes=resize.apply_boxes_torch(boxes, size),
-                multimask_output=self.multimask,
-            )  # (K, 1 or 3, H, W), (K, 1 or 3)
-            best = scores.argmax(1)
-            for k, i in enumerate(chosen):
-                results[i] = (masks[k, best[k]].cpu().numpy(), scores[k, best[k]].item())
+            same = [i for i, (_, points, _) in enumerate(prompts) if len(points) == count]
+            for start in range(0, len(same), self.AT_ONCE):
+                chosen = same[start : start + self.AT_ONCE]
+                for i, result in zip(chosen, self._decode([prompts[i] for i in chosen], count)):
+                    results[i] = result
         return results
 
+    AT_ONCE = 64  # their masks are in memory in float32, in the image's size
+
+    def _decode(self, prompts, count):
+        """`segment` for prompts of `count` points each."""
+        predictor = self.predictor
+        to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=predictor.device)
+        boxes, points, labels = zip(*prompts)
+        points = to_tensor(np.stack([np.reshape(p, (count, 2)) for p in points]))  # (K, N, 2)
+        resize, size = predictor.transform, predictor.original_size
+        masks, scores, _ = predictor.predict_torch(
+            point_coords=resize.apply_coords_torch(points, size) if count else None,
+            point_labels=to_tensor(np.stack(labels)) if count else None,  # (K, N)
+            boxes=resize.apply_boxes_torch(to_tensor(np.stack(boxes)), size),  # (K, 4)
+            multimask_output=self.multimask,
+        )  # (K, 1 or 3, H, W), (K, 1 or 3)
+        if not scores.isfinite().all():  # its mask would be empty, as if nothing had been found
+            raise InputError("SAM answers nan: its weights are damaged, fetch --sam_ckpt again")
+        best = scores.argmax(1).tolist()
+        return [(m[k].cpu().numpy(), s[k].item()) for m, s, k in zip(masks, scores, best)]
+
+    def segment_unions(self, groups):
+        """[(mask, mean score)], one for every list of prompts: the union of their masks. All are
+        decoded together; a list without prompts is an empty mask, with score 0."""
+        results, answers = iter(self.segment([p for group in groups for p in group])), []
+        for group in groups:
+            mask, scores = np.zeros(self.predictor.original_size, dtype=bool), []
+            for _, (part, score) in zip(group, results):
+                mask |= part
+                scores.append(score)
+            answers.append((mask, float(np.mean(scores)) if scores else 0.0))
+        return answers
+
     def segment_union(self, prompts):
-        """One mask for several boxes of one object: (their union, the mean of their scores)."""
-        results = self.segment(prompts)
-        masks, scores = zip(*results)
-        return np.logical_or.reduce(masks), float(np.mean(scores))
+        """`segment_unions` for one list: (mask, mean score)."""
+        return self.segment_unions([prompts])[0]

@@ -79,6 +79,7 @@ def get_args(argv=None):
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--split", default="train", help="split to train on")
     # tasks
+    add("--prompts", choices=["points", "sam"], default="points", help=data.PROMPTS_HELP)
     add("--point_ratio", type=float, help="share of batches on the point task")
     add("--miss_ratio", type=float, default=0.15, help="share of grids in any object's box")
     add("--think_ratio", type=float, default=0.0, help="share of answers that reason first")
@@ -503,7 +504,7 @@ def main(args):
     loader = DataLoader(
         data.Questions(trainable, frame_of, args),
         batch_sampler=order,
-        collate_fn=lambda rows: data.collate(processor, *zip(*rows)),
+        collate_fn=lambda asked: data.collate(processor, *list(zip(*asked))[:3]),
         num_workers=args.workers,
         multiprocessing_context="fork" if args.workers else None,  # the lambdas cannot be pickled
         worker_init_fn=ignore_signals,

@@ -72,8 +72,8 @@ class SceneObject:
         return [tuple(corner) for corner in ((corners + self.center + shift) * zoom).tolist()]
 
 
-def place_objects(rng, count, size=SIZE):
-    """Up to `count` objects that do not touch, each wholly inside the image."""
+def place_objects(rng, count, size=SIZE, names=tuple(OUTLINES)):
+    """Up to `count` objects of these classes that do not touch, each wholly inside the image."""
     objects = []
     for _ in range(20 * count):
         length = float(np.exp(rng.uniform(np.log(20), np.log(56))))
@@ -81,7 +81,7 @@ def place_objects(rng, count, size=SIZE):
         turn = rng.uniform(0, 2 * np.pi)
         clear = all(np.hypot(*(center - o.center)) > 0.55 * (length + o.length) for o in objects)
         if clear and len(objects) < count:
-            name, color = rng.choice(list(OUTLINES)), rng.choice(list(COLORS))
+            name, color = rng.choice(list(names)), rng.choice(list(COLORS))
             objects.append(SceneObject(str(name), str(color), center, length, float(turn)))
     return objects
 
@@ -123,9 +123,9 @@ def draw_ground(rng, plain, size=SIZE):
     return np.asarray(image)
 
 
-def draw_scene(rng, count, plain=False, size=SIZE):
+def draw_scene(rng, count, plain=False, size=SIZE, names=tuple(OUTLINES)):
     """A scene of up to `count` objects -> (PIL image, list of SceneObject with masks)."""
-    objects = place_objects(rng, count, size)
+    objects = place_objects(rng, count, size, names)
     image = Image.fromarray(draw_ground(rng, plain, size)).resize((2 * size, 2 * size))
     sun = rng.uniform(-0.12, 0.12, 2)
     for o in objects:
@@ -257,3 +257,85 @@ def make_demo(data_root, seed=0, counts=IMAGES):
         os.replace(folder, root / "images" / "demo" / "JPEGImages")
         (Path(new) / "refs").write_bytes(pickle.dumps(refs))
         os.replace(Path(new) / "refs", root / "demo" / "refs(unc).p")  # last: the set is complete
+
+
+# ------------------------------------------------------------------------- demo_reason
+# Questions that do not name what they ask for, in EarthReason's layout. The answer may be several
+# instances, or none.
+
+REASON_IMAGES = {"train": 3000, "val": 120, "test": 460}
+USES = {
+    "ship": ["What can carry goods over the sea?", "Which of these float?"],
+    "airplane": ["What can carry people through the air?", "Which of these fly?"],
+    "building": ["Where could a family live?", "Where is it dry when it rains?"],
+    "tennis court": ["Where can two people play a match?", "Where would a ball be hit over a net?"],
+    "storage tank": ["Where could oil be kept?", "What holds liquids?"],
+}
+# what is done to all of one class, at the one of another class that is next to them
+SERVICES = {
+    ("ship", "building"): ["Where could the ships be loaded?", "Where do goods leave the ships?"],
+    ("airplane", "storage tank"): ["Where could the airplanes get fuel?", "Who fuels the planes?"],
+}
+
+
+def ask_use(rng, objects):
+    """(questions, reason, targets): all objects that serve a purpose, perhaps of one colour."""
+    name = str(rng.choice(list(USES)))
+    if objects and rng.random() < 0.75:  # else it may well be that there is none
+        name = objects[rng.integers(len(objects))].class_name
+    targets, color = [o for o in objects if o.class_name == name], None
+    if rng.random() < 0.25:
+        color = str(rng.choice([o.color for o in targets] or list(COLORS)))
+        targets = [o for o in targets if o.color == color]
+    what = f"{color} {name}" if color else name
+    asked = [f"{q[:-1]}? The {color} ones." if color else q for q in USES[name]]
+    return asked, f"{what}: {len(targets)}.", targets
+
+
+def ask_service(objects, pair):
+    """Likewise: the object of one class that is next to those of another. None if the scene does
+    not say which."""
+    served, found = ([o for o in objects if o.class_name == name] for name in pair)
+    if not served:
+        return None
+    distance = lambda o: min(np.hypot(*(o.center - other.center)) for other in served)
+    found.sort(key=distance)
+    if len(found) > 1 and distance(found[1]) < 1.25 * distance(found[0]):
+        return None
+    return SERVICES[pair], f"{pair[1]} next to the {pair[0]}: {len(found[:1])}.", found[:1]
+
+
+def draw_question(rng):
+    """(image, mask, questions, reason) of one entry of demo_reason."""
+    names, pair = rng.choice(list(USES), 2, replace=False).tolist(), None
+    if rng.random() < 0.3:
+        names = pair = list(SERVICES)[rng.integers(len(SERVICES))]
+    asked = None
+    while asked is None:
+        image, objects = draw_scene(rng, int(rng.integers(1, 5)), names=names)
+        asked = ask_service(objects, pair) if pair else ask_use(rng, objects)
+    questions, reason, targets = asked
+    mask = np.any([np.zeros((SIZE, SIZE), bool), *(o.mask for o in targets)], axis=0)
+    return image, mask, questions, reason
+
+
+def make_demo_reason(data_root, seed=1, counts=REASON_IMAGES):
+    """Write demo_reason under `data_root` in EarthReason's layout, unless it is there already."""
+    root = Path(data_root) / "demo_reason"
+    if root.is_dir():
+        return
+    rng = np.random.default_rng(seed)
+    Path(data_root).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_root) as new:
+        for split, count in counts.items():
+            folders = [Path(new) / "set" / split / kind for kind in ("images", "labels", "QAs")]
+            for folder in folders:
+                folder.mkdir(parents=True)
+            for number in tqdm(range(count), desc=f"drawing {split} of demo_reason into {root}"):
+                image, mask, questions, reason = draw_question(rng)
+                images, labels, texts = (folder / f"{number:05d}" for folder in folders)
+                image.save(f"{images}.jpg", quality=92)
+                Image.fromarray(mask.astype(np.uint8) * 255).save(f"{labels}.png")
+                qa = {"questions": questions, "answers": [reason] * len(questions)}
+                Path(f"{texts}.json").write_text(json.dumps(qa))
+        os.replace(Path(new) / "set", root)

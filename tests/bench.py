@@ -243,12 +243,12 @@ def trl_steps(folder, samples):
 
     model, processor = sampler.load_policy()
     processor.tokenizer.padding_side = "left"  # what it expects of a processor
-    args = argparse.Namespace(seed=0, think_ratio=0.5, miss_ratio=0.0, jitter=0.0)
+    args = argparse.Namespace(prompts="points", seed=0, think_ratio=0.5, miss_ratio=0.0, jitter=0.0)
     questions = data.Questions(samples, lambda *_: (1000, 1000), args)
     asked = [questions[0, index, "box"] for index in range(len(samples))]
     rows = [
         {"prompt": [{"role": "user", "content": prompt}], "image": image, "answer": answer}
-        for image, prompt, answer in asked
+        for image, prompt, answer, *_ in asked
     ]
     texts = lambda completions: [completion[0]["content"] for completion in completions]
 
@@ -470,14 +470,16 @@ def sft_step(repeats, count=12, each=3):
         for sample in data.load_samples("demo", folder, "train"):
             in_image.setdefault(sample.image_path, []).append(sample)
         groups = [group[:each] for group in in_image.values() if len(group) >= each][:count]
-        args = argparse.Namespace(seed=0, think_ratio=0.0, miss_ratio=0.15, jitter=0.1)
+        args = argparse.Namespace(
+            prompts="points", seed=0, think_ratio=0.0, miss_ratio=0.15, jitter=0.1
+        )
         samples = [sample for group in groups for sample in group]
         questions = data.Questions(samples, lambda *_: (1000, 1000), args)
         asked = {
             task: [questions[0, i, task] for i in range(count * each)] for task in ("box", "point")
         }
-    for task, triples in asked.items():
-        images, prompts, answers = zip(*triples)
+    for task, some in asked.items():
+        images, prompts, answers, *_ = zip(*some)
         whole = data.collate(processor, images, prompts, answers)
         first = data.collate_images(processor, images[::each])
         texts = data.collate_text(processor, prompts)

@@ -26,6 +26,7 @@ def test_metrics_equal_a_few_lines_of_numpy_with_failures_empty_masks_and_any_sh
         inter, union, iou = data.mask_iou(guess, truth)
         box, points = rng.random(2)
         row = {"inter": inter, "union": union, "iou": iou, "failed": failed}
+        row["no_target"] = not truth.any()
         rows.append({**row, "box_iou": box, "point_acc": points})
         masks.append((guess, truth))
     ious = []
