@@ -154,7 +154,8 @@ def components(mask, least=0.01):
             above += 1
         j = above
         while row[j] == row[i] - 1 and start[j] <= end[i]:
-            parent[root(i)] = root(j)
+            first, second = sorted((root(i), root(j)))
+            parent[second] = first
             j += 1
     roots, part = np.unique([root(i) for i in range(len(row))], return_inverse=True)
     part = np.repeat(part, np.subtract(end, start).astype(int))  # of every pixel, row by row

@@ -541,6 +541,17 @@ def report(metrics):
         cells = ["-" if m[k] is None else m[k] if k == "n" else f"{m[k]:.3f}" for k in keys]
         lines.append(f"{name[:23]:<24}" + "".join(f"{cell:>8}" for cell in cells))
     lines.append(f"\n{metrics['n_failed']} of {metrics['n']} answers without a readable box")
+    lines.append(
+        "mIoU (or gIoU): mean over all phrases; oIoU (or cIoU): summed over all phrases; to find "
+        "nothing where there is nothing is an IoU of 1"
+    )
+    if metrics["n_no_target"]:
+        lines.append(
+            f"{metrics['n_no_target']} phrases without a target, {metrics['no_target_acc']:.3f} of "
+            f"them answered so; mIoU of the others {metrics['miou_target']:.3f}"
+            if metrics["miou_target"] is not None
+            else "no phrase has a target"
+        )
     if "oracle_miou" in metrics:
         peek = "best of n chosen by the truth (an oracle, not a result): mIoU"
         lines.append(f"{peek} {metrics['oracle_miou']:.3f}")
@@ -582,14 +593,13 @@ def protocol_of(args, path):
     scaled = f"alpha={args.alpha:g} k={args.k_min}-{args.k_max}"
     sides = f"k={args.k_min}" if args.points == "fixed" else scaled
     grid = f"{args.points} {sides} theta={args.theta:g}"
-    grid = "two per instance" if args.prompts == "sam" else grid
+    grid = "two per instance (--prompts sam)" if args.prompts == "sam" else grid
     return {
         "option": args.option,
         "split": args.split,
         "model": f"oracle {args.oracle}" if args.oracle else path,
         "sam": "tiny_sam" if args.sam_ckpt == str(sampler.TINY_SAM) else Path(args.sam_ckpt).name,
         "size": f"{args.size} x {args.size}, as some papers" if args.size else "native",
-        "prompts": args.prompts,
         "use_think": args.use_think,
         "points": ("none" if args.points == "none" else grid) + " multimask" * args.multimask,
         "decoding": f"tau={args.temperature:g} best of {args.best_of}"

@@ -154,9 +154,9 @@ def lines_of(folder):
     return [json.loads(line) for line in open(folder / "train.jsonl")]
 
 
-KEYS = """step epoch reward reward_box reward_point reward_format reward_std dropped policy_loss kl
-clipped length truncated rollout_gap grad_norm lr skipped tokens_per_s seconds_rollout
-seconds_reference seconds_scoring seconds_update seconds""".split()
+KEYS = """step epoch reward reward_box reward_point reward_mask reward_json reward_format reward_std
+dropped policy_loss kl clipped length truncated repaired rollout_gap grad_norm lr skipped
+tokens_per_s seconds_rollout seconds_reference seconds_scoring seconds_update seconds""".split()
 
 
 def test_the_shortest_real_command_writes_what_the_contract_says(run, small_set, tmp_path):

@@ -62,9 +62,9 @@ def test_an_example_depends_on_its_key_alone(small_set, tiny):
     samples = data.load_samples("demo", small_set, "train")
     questions = data.Questions(samples, lambda w, h: (1000, 1000), sft.get_args([]))
     for task in ("box", "point"):
-        _, prompt, answer = questions[3, 1, task]
+        _, prompt, answer, *_ = questions[3, 1, task]
         questions[0, 0, "point"]
-        assert questions[3, 1, task][1:] == (prompt, answer)
+        assert questions[3, 1, task][1:3] == (prompt, answer)
         labels = data.parse_labels(answer) if task == "point" else data.parse_boxes(answer)
         assert labels and (task == "box" or f"{len(labels)} points" in prompt)
 
@@ -73,7 +73,7 @@ def test_the_target_box_is_the_masks_box_in_the_models_frame(small_set):
     samples = data.load_samples("demo", small_set, "train")
     questions = data.Questions(samples, lambda w, h: (w, h), sft.get_args(["--think_ratio", "1"]))
     for index, sample in enumerate(samples):
-        _, _, answer = questions[0, index, "box"]
+        answer = questions[0, index, "box"].answer
         assert data.parse_boxes(answer) == [tuple(data.mask_to_box(sample.mask))]
         assert answer.startswith("<think>The ") and sample.class_name in answer
 
@@ -84,7 +84,7 @@ def test_a_missed_grid_lies_on_another_object_and_is_labelled_by_the_phrases_own
     args = sft.get_args(["--miss_ratio", "1", "--jitter", "0"])
     questions, missed = data.Questions(samples, fine, args), 0
     for index, sample in enumerate(samples[:20]):
-        _, prompt, answer = questions[0, index, "point"]
+        _, prompt, answer, *_ = questions[0, index, "point"]
         points = np.array(json.loads(re.search(r"points: (\[.*\])", prompt)[1])) / 100
         labels = sampler.label_points(points, sample.mask).tolist()
         assert data.parse_labels(answer) == labels

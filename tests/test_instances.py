@@ -1,0 +1,341 @@
+"""--prompts sam: several instances or none, and SAM in the loop of the mask reward."""
+
+import json
+import random
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import data
+import eval as evaluation
+import grpo
+import sampler
+
+ONE = '{"bbox_2d":[100,200,300,400],"positive_points":[[150,250],[200,300]]}'
+TWO = '{"bbox_2d":[500,500,700,800],"positive_points":[[600,600],[650,700]]}'
+BOTH = f"<think>Two.</think><answer>[{ONE},{TWO}]</answer>"
+
+# ------------------------------------------------------------------------- masks
+
+
+def flood(mask):
+    """The 8-connected parts of a mask by walking from pixel to pixel."""
+    left, parts = {tuple(p) for p in np.argwhere(mask)}, []
+    while left:
+        todo, part = [min(left)], np.zeros_like(mask)
+        left.remove(todo[0])
+        while todo:
+            y, x = todo.pop()
+            part[y, x] = True
+            around = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            left -= around
+            todo += around
+        parts.append(part)
+    return parts
+
+
+def test_instances_are_what_a_flood_fill_finds_in_reading_order():
+    rng, several = np.random.default_rng(0), 0
+    for _ in range(200):
+        mask = rng.random(rng.integers(1, 30, 2)) < rng.random()
+        parts = data.components(mask, least=0)
+        assert [p.tobytes() for p in parts] == [p.tobytes() for p in flood(mask)]
+        several += len(parts) > 3
+    assert several > 50
+
+
+def test_crumbs_are_left_out_but_never_everything():
+    mask = np.zeros((100, 100), dtype=bool)
+    mask[:40, :40] = mask[60:70, 60:70] = mask[90, 90] = True
+    assert [part.sum() for part in data.components(mask)] == [1600, 100]
+    dots = np.zeros((100, 100), dtype=bool)
+    dots[::4, ::4] = True  # each is 0.16 % of the whole
+    assert len(data.components(dots)) == 625 and not data.components(np.zeros((3, 3), dtype=bool))
+
+
+def test_the_points_of_an_instance_lie_deep_in_it_and_apart():
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        mask = rng.random(rng.integers(1, 200, 2)) < rng.random() * 0.5
+        if mask.any():
+            assert sampler.label_points(data.inner_points(mask), mask).all()
+    bar = np.zeros((60, 300), dtype=bool)
+    bar[20:41, 50:251] = True
+    (x1, y1), (x2, y2) = data.inner_points(bar)
+    assert abs(x1 - x2) > 150 and 24 < min(y1, y2) <= max(y1, y2) < 37
+    # every fifth column and row of a large mask would miss this
+    thin = np.roll(np.eye(300, dtype=bool), 1, axis=1)
+    assert sampler.label_points(data.inner_points(thin), thin).all()
+
+
+# ------------------------------------------------------------------------- answers
+
+
+def test_what_training_teaches_is_read_back():
+    instances = [((1, 2, 30, 40), [(5, 6), (7, 8)]), ((50.4, 60, 70, 80), [(51, 61), (52, 62)])]
+    text = data.sam_answer(instances, "Two ships.")
+    first, second = data.parse_instances(text)
+    assert first == ((1, 2, 30, 40), [(5, 6), (7, 8)]) and second.box == (50, 60, 70, 80)
+    assert data.parse_instances(data.sam_answer([], "None.")) == []
+
+
+BROKEN = {  # text -> boxes and numbers of points that can still be made out, or None
+    BOTH.replace("<answer>", "").replace("</answer>", ""): [2, 2],
+    BOTH[:-20]: [2, 1],  # cut off in the middle of a point
+    BOTH[:-70]: [2],
+    f"```json\n[{ONE}]\n```": [2],
+    f"<answer>{ONE}</answer>": [2],  # not a list
+    f"<answer>[{ONE},]</answer>": [2],
+    f"<answer>[{ONE.replace(',[200,300]', '')}]</answer>": [1],
+    f"<answer>[{ONE.replace(',[200,300]', ',[200,300],[1,1]')}]</answer>": [3],
+    f"<answer>[{ONE.replace(chr(34), chr(39))}]</answer>": [2],
+    f"<answer>[{ONE.replace('100,200,300,400', '300,400,100,200')}]</answer>": [2],  # corners
+    "<answer>[[100,200,300,400]]</answer>": None,
+    "```json\n[]\n```": [],
+    "There is none.": None,
+    "": None,
+    "<answer>[1,0,1]</answer>": None,
+    '<answer>[{"bbox_2d":[1,2,3],"positive_points":[[1,2],[3,4]]}]</answer>': None,
+    '<answer>[{"bbox_2d":[nan,2,3,4],"positive_points":[[1,2],[3,4]]}]</answer>': None,
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_repair_is_told_from_an_answer_that_stands_and_earns_no_format_reward(text):
+    found, repaired = data.find_instances(text)
+    assert data.parse_instances(text) is None and grpo.json_reward(text) == 0
+    assert repaired == (found is not None)
+    assert (found and [len(one.points) for one in found]) == BROKEN[text]
+    if found:
+        assert found[0].box == (100, 200, 300, 400)
+
+
+def test_an_answer_that_stands_is_not_repaired():
+    spaced = f"<answer> [ {ONE} ] </answer>"
+    for text, count in ((BOTH, 2), ("<answer>[]</answer>", 0), (spaced, 1)):
+        found, repaired = data.find_instances(text)
+        assert len(found) == count and not repaired and grpo.json_reward(text) == 1
+
+
+def test_mutated_answers_never_raise_and_give_sound_boxes():
+    rng, read = random.Random(3), 0
+    pieces = ["[", "]", "{", '"', ",", "9e9", "-", "bbox_2d", "null", "<answer>"]
+    for _ in range(5000):
+        text = BOTH
+        for _ in range(rng.randint(1, 5)):
+            at = rng.randint(0, len(text))
+            text = text[:at] + rng.choice(pieces) + text[at + rng.choice([0, 1, 20]) :]
+        found, repaired = data.find_instances(text)
+        for (x1, y1, x2, y2), points in found or ():
+            assert x1 < x2 and y1 < y2 and np.isfinite(points).all()
+        assert repaired == (found is not None and data.parse_instances(text) is None)
+        read += found is not None
+    assert read > 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<answer>[" + f"{ONE}," * 14_000 + f"{ONE}]</answer>",
+        "bbox_2d" * 140_000,
+        "bbox_2d[" * 125_000,
+        f"{ONE[:20]}" + "[1,1]" * 200_000,
+        "<answer>[" + "[" * 10**6,
+        "bbox_2d" + "-" * 10**6 + "[1,2,3,4]",
+        "[" + " " * 10**6 + "]",
+    ],
+)
+def test_a_megabyte_is_read_in_50_milliseconds(text):
+    seconds = []
+    for _ in range(5):
+        start = time.process_time()
+        data.find_instances(text)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.05
+
+
+def test_an_instance_said_twice_counts_once():
+    near = data.Instance((105, 200, 300, 400), [])
+    one, two = data.parse_instances(BOTH)
+    assert data.merge_duplicates([one, near, two, one]) == [one, two]
+    assert data.merge_duplicates([]) == []
+
+
+# ------------------------------------------------------------------------- rewards
+
+
+@pytest.fixture(scope="module")
+def scene():
+    from assets.make_demo import draw_scene
+
+    return draw_scene(np.random.default_rng(4), 4)
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return sampler.Segmenter()
+
+
+def question_of(scene, objects, task="sam", **more):
+    """The question whose answer is these objects of the scene."""
+    image, _ = scene
+    mask = np.any([np.zeros((128, 128), bool), *(o.mask for o in objects)], axis=0)
+    frame = (1280, 1280)
+    to_frame = lambda coords: data.rescale(coords, image.size, frame)
+    found = [(to_frame(box), to_frame(points)) for box, points in data.true_instances(mask)]
+    answer = data.sam_answer(found, "So.")
+    return data.Question(image, "", answer, task, mask, frame, **more)
+
+
+def test_the_mask_reward_is_the_iou_of_what_sam_makes_of_the_answer(scene, segmenter):
+    image, objects = scene
+    question = question_of(scene, objects[:2])
+    texts = [question.answer, data.sam_answer([], "None."), "I see.", question.answer[:-12]]
+    right, nothing, unreadable, cut = grpo.mask_reward(texts, question, segmenter)
+    segmenter.set_image(image)
+    masks = [
+        segmenter.segment([(box, points, np.ones(2))])[0][0]
+        for box, points in data.true_instances(question.mask)
+    ]
+    assert right == pytest.approx(data.mask_iou(masks[0] | masks[1], question.mask)[2], abs=1e-3)
+    assert right > 0.6 and nothing == unreadable == 0 < cut
+    twice = question.answer.replace("[{", "[" + question.answer.partition("[")[2][:-10] + ",{", 1)
+    assert len(data.parse_instances(twice)) == 4  # each is said twice, and merged
+    assert grpo.mask_reward([twice], question, segmenter) == [pytest.approx(right, abs=1e-3)]
+
+
+def test_where_there_is_nothing_to_find_only_an_empty_list_is_right(scene, segmenter):
+    question = question_of(scene, [])
+    ship = question_of(scene, scene[1][:1]).answer
+    texts = [question.answer, ship, "I see nothing.", "```json\n[]\n```"]
+    assert grpo.mask_reward(texts, question, segmenter) == [1, 0, 0, 1]
+    assert [grpo.instance_reward(text, question) for text in texts] == [1, 0, 0, 1]
+    assert [grpo.on_target_reward(text, question) for text in texts] == [1, 0, 0, 1]
+
+
+def test_box_and_point_rewards_of_instances(scene):
+    question = question_of(scene, scene[1][:2])
+    first, second = data.parse_instances(question.answer)
+    assert grpo.instance_reward(question.answer, question) == 1
+    assert grpo.instance_reward(data.sam_answer([first], ""), question) == 0.5
+    assert grpo.instance_reward("", question) == grpo.on_target_reward("", question) == 0
+    assert grpo.on_target_reward(question.answer, question) == 1
+    off = data.sam_answer([(first.box, [first.points[0], (1, 1)]), second], "")
+    assert grpo.on_target_reward(off, question) == 0.75
+    assert grpo.on_target_reward("<answer>[]</answer>", question) == 0
+
+
+def test_boxes_and_labels_are_rewarded_by_their_masks_too(scene, segmenter):
+    target = scene[1][0]
+    box = data.mask_to_box(target.mask)
+    points = sampler.grid_points(box, 128, 128)
+    labels = sampler.label_points(points, target.mask)
+    by_box = question_of(scene, [target], "box")
+    by_points = question_of(scene, [target], "point", box_px=box, points_px=points)
+    reward = lambda text, question: grpo.mask_reward([text], question, segmenter)[0]
+    assert reward(data.box_answer(10 * box), by_box) > 0.6
+    assert reward(data.box_answer([0, 0, 30, 30]), by_box) < 0.1 and reward("", by_box) == 0
+    for given in (labels, 1 - labels):
+        segmenter.set_image(scene[0])
+        mask = segmenter.segment([(box, points, given)])[0][0]
+        expected = data.mask_iou(mask, target.mask)[2]
+        assert reward(data.point_answer(given), by_points) == pytest.approx(expected)
+    assert reward(data.point_answer(labels[1:]), by_points) == 0
+
+
+def test_sam_runs_once_for_a_group(scene, monkeypatch):
+    segmenter, calls = sampler.Segmenter(), []
+    model = segmenter.predictor.model
+    for part in ("image_encoder", "mask_decoder"):
+        getattr(model, part).register_forward_hook(lambda module, *_: calls.append(type(module)))
+    question = question_of(scene, scene[1][:3])
+    grpo.mask_reward([question.answer] * 8, question, segmenter)
+    assert len(calls) == 2 and len(set(calls)) == 2
+
+
+def test_a_sam_that_fails_is_an_error_and_not_a_zero(scene):
+    segmenter, question = sampler.Segmenter(), question_of(scene, scene[1][:1])
+    with torch.no_grad():
+        next(segmenter.predictor.model.mask_decoder.parameters()).fill_(float("nan"))
+    with pytest.raises(sampler.InputError, match="nan"):
+        grpo.mask_reward([question.answer], question, segmenter)
+
+
+def test_each_reward_weighs_as_told_and_counts_only_where_it_applies(scene, segmenter):
+    question = question_of(scene, scene[1][:1])
+    args = SimpleNamespace(reward=["mask"])
+    rewards = grpo.reward_group([question.answer, "no"], question, args, segmenter)
+    assert list(rewards) == ["mask", "json", "format"]
+    assert rewards["json"].tolist() == rewards["format"].tolist() == [1, 0]
+    args.reward = ["box", "point"]
+    assert list(grpo.reward_group([""], question, args, None)) == ["box", "point", "json", "format"]
+    boxes = question._replace(task="box", answer="<answer>[1,2,3,4]</answer>")
+    assert list(grpo.reward_group([""], boxes, args, None)) == ["box", "format"]
+
+
+def test_an_unknown_reward_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        grpo.get_args(["--reward", "box,area"])
+    assert "expected some of box,point,mask" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module")
+def reason_set(tmp_path_factory):
+    """--data_root of a demo_reason with a handful of images."""
+    from assets.make_demo import make_demo_reason
+
+    root = tmp_path_factory.mktemp("reason")
+    make_demo_reason(root, counts={"train": 12, "val": 4, "test": 12})
+    return root
+
+
+def test_both_stages_and_the_evaluation_run_on_it(reason_set, run, tmp_path):
+    common = f"--data_root {reason_set} --option demo_reason --prompts sam"
+    short = "--lora_rank 4 --accumulate 1 --batch_size 4 --lr 1e-3"
+    printed = run(f"sft.py {common} {short} --max_step 2 --val_limit 2")
+    assert "val, think" in printed and "val, no think" not in printed
+    train = f"grpo.py {common} {short} --max_step 1 --max_new_tokens 60 --group 4 --val_limit 0"
+    run(f"{train} --reward mask,box --mask_weight 3")
+    (line,) = map(json.loads, open(tmp_path / "runs/grpo/train.jsonl"))
+    parts = {name: line[f"reward_{name}"] for name in ("mask", "box", "json", "format")}
+    weights = {"mask": 3, "box": 1, "json": 1, "format": 1}
+    assert line["reward"] == pytest.approx(sum(weights[k] * v for k, v in parts.items()), abs=1e-5)
+    assert line["reward_point"] is None and line["repaired"] is not None
+    printed = run(f"eval.py {common} --oracle points --save_img")
+    metrics = json.loads((tmp_path / "runs/eval/metrics.json").read_text())
+    assert metrics["n_no_target"] > 0 and metrics["no_target_acc"] == 1
+    assert metrics["giou"] == metrics["miou"] > 0.7 and metrics["box_iou"] == 1
+    assert "phrases without a target, 1.000 of them" in printed
+    run(f"eval.py {common} --eval_model_path {ROOT / 'assets' / 'tiny_vlm'} --max_new_tokens 30")
+    metrics = json.loads((tmp_path / "runs/eval/metrics.json").read_text())
+    assert metrics["n_failed"] > metrics["n"] / 2  # never taught to answer so
+
+
+def test_a_target_that_is_not_there_is_judged_by_its_iou():
+    row = dict(inter=0, failed=False, box_iou=0, point_acc=None)
+    rows = [
+        {**row, "no_target": True, "union": 0, "iou": 1.0},
+        {**row, "no_target": True, "union": 30, "iou": 0.0},  # something where there is nothing
+        {**row, "no_target": False, "inter": 20, "union": 40, "iou": 0.5},
+    ]
+    metrics = evaluation.summarize(rows)
+    assert metrics["giou"] == 0.5 and metrics["ciou"] == 20 / 70
+    assert metrics["no_target_acc"] == 0.5 and metrics["miou_target"] == 0.5
+    assert evaluation.summarize(rows[2:])["no_target_acc"] is None
+
+
+def test_other_papers_sizes_resize_both_masks():
+    truth, guess = np.zeros((40, 80), dtype=bool), np.zeros((40, 80), dtype=bool)
+    truth[:20], guess[:, :40] = True, True
+    assert evaluation.compare(guess, truth, None) == (800, 2400, 1 / 3)
+    inter, union, iou = evaluation.compare(guess, truth, 480)
+    assert (inter, union) == (240 * 240, 480 * 480 * 3 // 4) and iou == pytest.approx(1 / 3)
+    assert Image.fromarray(guess).size == (80, 40)
