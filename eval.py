@@ -140,6 +140,18 @@ def summarize(rows):
     }
 
 
+def summarize_groups(rows):
+    """`summarize` of all rows, of those of each scale and of each class."""
+    group = lambda key, name: summarize([row for row in rows if row[key] == name])
+    metrics = summarize(rows)
+    metrics["by_scale"] = {name: m for name in SCALES if (m := group("scale", name))}
+    classes = sorted({row["class_name"] for row in rows})
+    metrics["by_class"] = {name: group("class_name", name) for name in classes}
+    if "oracle_iou" in rows[0]:
+        metrics["oracle_miou"] = np.mean([row["oracle_iou"] for row in rows])
+    return metrics
+
+
 def true_boxes(mask, prompts):
     """The boxes (M, 4) to answer with: one around all of the truth or, with --prompts sam, one
     around each instance."""
@@ -528,30 +540,31 @@ def save_pictures(folder, rows, samples, args):
     return len(rows[: args.max_img])
 
 
-def report(metrics):
-    """The table that is printed."""
+def table(groups):
+    """Lines of a table of metrics, one for each name in `groups`."""
     names = ["n", "mIoU", "oIoU", *(f"Pr@{t}" for t in THRESHOLDS), "box IoU", "points"]
     keys = ["n", "miou", "oiou", *(f"pr@{t}" for t in THRESHOLDS), "box_iou", "point_acc"]
-    groups = {"all": metrics}
-    groups |= {f"{name} ({SCALES[name]})": m for name, m in metrics["by_scale"].items()}
-    groups |= metrics["by_class"]
-    lines = [" · ".join(f"{key} {value}" for key, value in metrics["protocol"].items()), ""]
-    lines.append(f"{'':<24}" + "".join(f"{name:>8}" for name in names))
+    lines = [f"{'':<24}" + "".join(f"{name:>8}" for name in names)]
     for name, m in groups.items():
         cells = ["-" if m[k] is None else m[k] if k == "n" else f"{m[k]:.3f}" for k in keys]
         lines.append(f"{name[:23]:<24}" + "".join(f"{cell:>8}" for cell in cells))
+    return lines
+
+
+def report(metrics):
+    """What is printed of one set: how it was run, the table, what the metrics mean."""
+    lines = [" · ".join(f"{key} {value}" for key, value in metrics["protocol"].items()), ""]
+    groups = {"all": metrics}
+    groups |= {f"{name} ({SCALES[name]})": m for name, m in metrics["by_scale"].items()}
+    lines += table(groups | metrics["by_class"])
     lines.append(f"\n{metrics['n_failed']} of {metrics['n']} answers without a readable box")
     lines.append(
-        "mIoU (or gIoU): mean over all phrases; oIoU (or cIoU): summed over all phrases; to find "
-        "nothing where there is nothing is an IoU of 1"
+        "mIoU, also gIoU: mean IoU of all phrases, 1 for nothing found where there is nothing; "
+        "oIoU, also cIoU: sum I / sum U of all phrases"
     )
     if metrics["n_no_target"]:
-        lines.append(
-            f"{metrics['n_no_target']} phrases without a target, {metrics['no_target_acc']:.3f} of "
-            f"them answered so; mIoU of the others {metrics['miou_target']:.3f}"
-            if metrics["miou_target"] is not None
-            else "no phrase has a target"
-        )
+        found = f"{metrics['no_target_acc']:.3f} of them left unmarked"
+        lines.append(f"{metrics['n_no_target']} phrases without a target, {found}")
     if "oracle_miou" in metrics:
         peek = "best of n chosen by the truth (an oracle, not a result): mIoU"
         lines.append(f"{peek} {metrics['oracle_miou']:.3f}")
@@ -632,31 +645,13 @@ def share_out(samples, done, rank, world):
     return [(sample, i) for sample, i in todo if (sample.ref_id, i) not in done]
 
 
-def main(args):
-    # 1. Model, SAM, folder. Under torchrun every process takes its share of the images.
-    start = time.time()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("gloo")  # only to wait for one another
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    wait = dist.barrier if world > 1 else lambda: None
-    torch.manual_seed(args.seed + rank)
-    image = None
-    if args.image:  # before models are loaded for nothing
-        image, args.query = data.open_image(args.image, upright=True), data.clean_phrase(args.query)
-    path = args.eval_model_path or default_model(args.log_dir)
-    needs_model = args.oracle != "points" and not (args.oracle == "box" and args.points == "none")
-    model, processor = sampler.load_policy(path, args.device) if needs_model else (None, None)
-    segmenter = sampler.Segmenter(args.sam_ckpt, args.device, args.multimask)
-    folder = Path(args.log_dir) / args.version_name
+def evaluate_set(args, folder, path, model, processor, segmenter, rank, world):
+    """The three stages over one set; its metrics, which process 0 writes and prints ({} in others).
+    path: where the model came from."""
+    start, wait = time.time(), dist.barrier if world > 1 else lambda: None
     folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        print(f"model: {path if needs_model else 'none (the truth)'}\nSAM: {args.sam_ckpt}")
-    if args.image:
-        return segment_one(image, args, model, processor, segmenter, folder)
 
-    # 2. What is to be done, less what an earlier run has done.
+    # 1. What is to be done, less what an earlier run has done.
     if rank > 0:
         wait()  # for rank 0 to make the demo set and to gather what is there
     samples, bad = data.load_sound(args.option, args.data_root, args.split, args.skip_bad)
@@ -674,7 +669,7 @@ def main(args):
     wait()  # nobody writes before all have read
     todo = share_out(samples, done, rank, world)
 
-    # 3. The three stages, batch by batch.
+    # 2. The three stages, batch by batch.
     ious, step = [], max(1, args.batch_size // args.best_of)
     part = folder / ("predictions.jsonl" if world == 1 else f"predictions.jsonl.rank{rank}")
     bar = tqdm(total=len(todo), desc="evaluating", disable=rank > 0)
@@ -689,7 +684,8 @@ def main(args):
     bar.close()
     wait()
 
-    # 4. Metrics, over the file: what is reported is what was written.
+    # 3. Metrics, over the file: what is reported is what was written.
+    metrics = {}
     if rank == 0:
         rows = list(gather_predictions(folder).values())
         expected = sum(len(sample.phrases) for sample in samples)
@@ -698,13 +694,7 @@ def main(args):
                 f"{len(rows)} of {expected} answers are in {folder}: another process writes there, "
                 "or the machines do not share it (--version_name, --log_dir)"
             )
-        group = lambda key, name: summarize([row for row in rows if row[key] == name])
-        metrics = {**summarize(rows), "n_skipped": len(bad)}
-        metrics["by_scale"] = {name: m for name in SCALES if (m := group("scale", name))}
-        classes = sorted({row["class_name"] for row in rows})
-        metrics["by_class"] = {name: group("class_name", name) for name in classes}
-        if args.best_of > 1:
-            metrics["oracle_miou"] = np.mean([row["oracle_iou"] for row in rows])
+        metrics = {**summarize_groups(rows), "n_skipped": len(bad)}
         seconds = None if done else round(time.time() - start, 1)  # a part would be no measure
         metrics |= {"seconds": seconds, "protocol": protocol}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, default=float))
@@ -715,6 +705,39 @@ def main(args):
             print(
                 f"and {save_pictures(folder / 'images', rows, samples, args)} pictures in images/"
             )
+    return metrics
+
+
+def main(args):
+    # 1. Model, SAM, folder. Under torchrun every process takes its share of the images.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")  # only to wait for one another
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.manual_seed(args.seed + rank)
+    image = None
+    if args.image:  # before models are loaded for nothing
+        image, args.query = data.open_image(args.image, upright=True), data.clean_phrase(args.query)
+    path = args.eval_model_path or default_model(args.log_dir)
+    needs_model = args.oracle != "points" and not (args.oracle == "box" and args.points == "none")
+    model, processor = sampler.load_policy(path, args.device) if needs_model else (None, None)
+    segmenter = sampler.Segmenter(args.sam_ckpt, args.device, args.multimask)
+    folder = Path(args.log_dir) / args.version_name
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        print(f"model: {path if needs_model else 'none (the truth)'}\nSAM: {args.sam_ckpt}")
+    if args.image:
+        return segment_one(image, args, model, processor, segmenter, folder)
+
+    # 2. Each set; several have a folder each.
+    options, sets = args.option.split(","), {}
+    for option in options:
+        one = argparse.Namespace(**{**vars(args), "option": option})
+        into = folder / option if len(options) > 1 else folder
+        sets[option] = evaluate_set(one, into, path, model, processor, segmenter, rank, world)
+    if rank == 0 and len(options) > 1:
+        print("\n".join(["", *table(sets)]))
     if world > 1:
         dist.destroy_process_group()
 

@@ -281,3 +281,20 @@ def test_an_image_too_thin_to_read_is_one_line(run, tmp_path):
     Image.new("RGB", (4, 1000)).save(tmp_path / "thin.png")
     error = run(f"eval.py --image {tmp_path}/thin.png --query ship", fails=True)
     assert error.strip().splitlines()[-1].startswith("error: an image of 4 x 1000, expected sides")
+
+
+def test_several_sets_have_a_folder_each_and_one_table(run, small_set, tmp_path):
+    for kind in ("demo", "images/demo"):
+        shutil.copytree(small_set / kind, tmp_path / "data" / kind.replace("demo", "one"))
+        shutil.copytree(small_set / kind, tmp_path / "data" / kind.replace("demo", "two"))
+    printed = run("eval.py --data_root data --option one,two --oracle points")
+    for name in ("one", "two"):
+        metrics = json.loads((tmp_path / "runs/eval" / name / "metrics.json").read_text())
+        assert metrics["protocol"]["option"] == name
+    rows = [line.split() for line in printed.splitlines()[-3:]]
+    assert [row[0] for row in rows] == ["n", "one", "two"]
+    assert (
+        rows[1][1:]
+        == rows[2][1:]
+        == [str(metrics["n"])] + [f"{metrics[key]:.3f}" for key in ("miou", "oiou")] + rows[1][4:]
+    )
