@@ -3,10 +3,12 @@
 SFT shows the model answers; here it finds its own. One update:
 
 1. **Ask.** Draw prompts: the box of a phrase, or (`--point_ratio`) the labels of a grid of points;
-   a share (`--think_ratio`) asks for reasoning first.
+   a share (`--think_ratio`) asks for reasoning first. With `--prompts sam` one prompt asks for box
+   and two points of every instance, which may be several or none.
 2. **Sample** G completions of each prompt at temperature tau.
-3. **Reward** each: IoU of its boxes with the truth, or the share of points labelled right; and 1
-   for keeping the format.
+3. **Reward** each: IoU of its boxes with the truth, or the share of points labelled right; or
+   (`--reward mask`) IoU of the mask that SAM, frozen, makes of the answer. And 1 for keeping the
+   format.
 4. **Advantage**: how much better than its own group, adv = (r - mean) / (std + 1e-4). A group whose
    rewards are all alike says nothing and is dropped.
 5. **Reference**: a server (ref_server.py) gives log p_ref of the same tokens, meanwhile.
@@ -25,9 +27,11 @@ batch.
 
     python grpo.py                                  # the demo: from runs/sft, minutes on two cores
     python grpo.py --resume                         # go on with a run that was cut off
+    python grpo.py --option demo_reason --prompts sam --reward mask  # after sft.py --prompts sam
     torchrun --nproc_per_node 4 grpo.py --model_path runs/sft \\
         --data_root /path/to/RRSIS-D --option RRSISD --gradient_checkpointing
 
+`--prompts sam` and the mask reward are those of Think2Seg-RS, `--reward box,point,mask` mixes them.
 Departures from the paper (ReSaP): an answer with several boxes is matched box by box, points are
 judged in jittered and wrong boxes too (see sft.py), and truncated completions can be left out
 (`--mask_truncated`).
