@@ -355,13 +355,11 @@ def check_images(tensors, is_image, config, processor):
     NOTE: models compare the sum over the batch alone: two images with each other's number of tokens
     would be taken for one another without a word
     """
-    pixels = tensors["pixel_values"]
+    pixels, batch = tensors["pixel_values"], len(is_image)
     if "image_grid_thw" in tensors:
-        sizes = check_patches(pixels, tensors["image_grid_thw"], len(is_image), config)
+        sizes = check_patches(pixels, tensors["image_grid_thw"], batch, config)
     elif "image_sizes" in tensors:
-        sizes = check_rows_of_tiles(
-            pixels, tensors["image_sizes"], len(is_image), config, processor
-        )
+        sizes = check_rows_of_tiles(pixels, tensors["image_sizes"], batch, config, processor)
     else:
         sizes = check_tiles(pixels, is_image.sum(1), config)
     check(pixels.isfinite().all(), "pixel_values: expected numbers, found nan or infinity")

@@ -478,7 +478,7 @@ def test_some_prompts_of_a_batch_are_what_they_are_alone(kind, tiny):
 
 @pytest.mark.parametrize("kind", TILED)
 def test_the_pixels_of_some_prompts_are_those_of_their_images(kind):
-    """Three images that are cut into unlike numbers of tiles, each alone and picked from a batch."""
+    """Three images, cut into unlike numbers of tiles, each alone and picked from a batch."""
     model, processor = small_policy(kind)
     rng = np.random.default_rng(0)
     sizes = [(100, 100), (40, 100), (100, 60)]
@@ -502,17 +502,19 @@ def test_the_pixels_of_some_prompts_are_those_of_their_images(kind):
 # ------------------------------------------------------------------------- LoRA
 
 
-@pytest.fixture
-def adapted():
-    """A tiny policy with LoRA that is no longer zero, and a batch."""
-    model, processor = sampler.load_policy()
+@pytest.fixture(params=["tiny", *TILED])
+def adapted(request, tmp_path):
+    """A policy with LoRA that is no longer zero, its processor, a batch, and where its base is."""
+    kind = request.param
+    base = sampler.TINY_VLM if kind == "tiny" else saved_policy(kind, tmp_path / "base")
+    model, processor = sampler.load_policy(base)
     torch.manual_seed(0)
     sampler.add_lora(model, rank=8, alpha=16, dropout=0.0)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name or "merger" in name:
+        if "lora_B" in name or "merger" in name or "projector" in name:
             parameter.data += 0.02 * torch.randn_like(parameter)
     batch = data.collate(processor, *ask(processor))
-    return model, processor, batch
+    return model, processor, batch, base
 
 
 def logits_of(model, batch):
@@ -533,8 +535,20 @@ def test_lora_starts_as_the_model_itself_and_trains_what_it_should(tiny):
     assert "model.visual.merger.linear_fc1.weight" in trained
 
 
+@pytest.mark.parametrize("kind", TILED)
+def test_lora_lies_in_the_language_model_alone_and_the_projector_trains_in_full(kind):
+    """The vision tower has layers of the same names (q_proj), which stay as they are."""
+    model, _ = small_policy(kind)
+    projector = {f"model.{n}" for n, _ in model.model.named_parameters() if "projector" in n}
+    sampler.add_lora(model, rank=8, alpha=16)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    lora = {name for name in trained if ".lora_" in name}
+    assert trained - lora == projector != set()
+    assert len(lora) == 2 * 7 * 2 and all("model.language_model.layers." in n for n in lora)
+
+
 def test_the_merged_folder_gives_the_logits_of_the_adapted_model(adapted, tmp_path):
-    model, processor, batch = adapted
+    model, processor, batch, _ = adapted
     expected = logits_of(model, batch)
     sampler.save_policy(model, processor, tmp_path)
     assert torch.allclose(logits_of(model, batch), expected)  # saving changed nothing
@@ -548,8 +562,8 @@ def test_the_merged_folder_gives_the_logits_of_the_adapted_model(adapted, tmp_pa
 
 
 def test_an_adapter_alone_loads_onto_its_base(adapted, tmp_path):
-    model, _, batch = adapted
-    sampler.save_adapter(model, tmp_path / "adapter", sampler.TINY_VLM)
+    model, _, batch, base = adapted
+    sampler.save_adapter(model, tmp_path / "adapter", base)
     loaded, _ = sampler.load_policy(tmp_path)
     assert (logits_of(loaded, batch) - logits_of(model, batch)).abs().max() < 1e-4
     half, _ = sampler.load_policy(tmp_path, dtype=torch.bfloat16)
@@ -558,8 +572,8 @@ def test_an_adapter_alone_loads_onto_its_base(adapted, tmp_path):
 
 def test_an_adapter_on_an_adapter_alone_is_loaded_too(adapted, tmp_path):
     """As after sft.py --no-merge and grpo.py --no-merge."""
-    model, _, batch = adapted
-    sampler.save_adapter(model, tmp_path / "sft" / "adapter", sampler.TINY_VLM)
+    model, _, batch, base = adapted
+    sampler.save_adapter(model, tmp_path / "sft" / "adapter", base)
     second, _ = sampler.load_policy(tmp_path / "sft")
     sampler.add_lora(second, rank=4, alpha=8, dropout=0.0)
     for name, parameter in second.named_parameters():
@@ -573,10 +587,9 @@ def test_an_adapter_on_an_adapter_alone_is_loaded_too(adapted, tmp_path):
 
 def test_the_real_peft_reads_the_adapter(adapted, tmp_path):
     peft = pytest.importorskip("peft")
-    model, _, batch = adapted
-    sampler.save_adapter(model, tmp_path, sampler.TINY_VLM)
-    base, _ = sampler.load_policy()
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    model, _, batch, base = adapted
+    sampler.save_adapter(model, tmp_path, base)
+    theirs = peft.PeftModel.from_pretrained(sampler.load_policy(base)[0], tmp_path).eval()
     assert (logits_of(theirs, batch) - logits_of(model, batch)).abs().max() < 1e-4
 
 
@@ -599,8 +612,8 @@ def test_an_adapter_written_by_peft_is_read(tmp_path):
 
 @pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 64}}])
 def test_an_adapter_that_would_be_misread_is_refused(adapted, tmp_path, change):
-    model, _, _ = adapted
-    sampler.save_adapter(model, tmp_path, sampler.TINY_VLM)
+    model, _, _, base = adapted
+    sampler.save_adapter(model, tmp_path, base)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(InputError, match=next(iter(change))):
