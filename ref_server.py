@@ -364,7 +364,7 @@ def check_images(tensors, is_image, config, processor):
         sizes = check_tiles(pixels, is_image.sum(1), config)
     check(pixels.isfinite().all(), "pixel_values: expected numbers, found nan or infinity")
     runs = [len(list(r)) for row in is_image.tolist() for key, r in groupby(row) if key]
-    found = f"runs of image tokens {runs[:9]}, its images have {sizes[:9]}"
+    found = f"runs of image tokens {runs[:9]}, expected {sizes[:9]} as the images are"
     check(runs == sizes, f"input_ids: {found}")
 
 
