@@ -393,7 +393,7 @@ def check_tiles(pixels, tokens, config):
     patch = patch if isinstance(patch, int) else patch[0]
     each = int((tile[1] // patch) ** 2 * getattr(config, "downsample_ratio", 1) ** 2)
     # InternVL has no count of tiles: what the tokens say must come to what there is
-    counts = torch.ones_like(tokens) if config.model_type == "llava" else (tokens // each).clamp(1)
+    counts = torch.ones_like(tokens) if config.model_type == "llava" else tokens // each
     check(counts.sum() == len(pixels), f"pixel_values: expected {counts.sum()} tiles, {found}")
     return (counts * each).tolist()
 
