@@ -57,8 +57,9 @@ from sampler import (
 def rescale(coords, source, target):
     """Carry points (..., 2) or boxes (..., 4) from one frame to another.
 
-    A frame is a (width, height): (W, H) for native pixels, (1000, 1000) for relative coordinates,
-    the resized size for models that speak pixels of the resized image. The one place that converts.
+    A frame is a (width, height): (W, H) for native pixels, (1000, 1000) or (1, 1) for relative
+    coordinates, the resized size for models that speak pixels of the resized image. The one place
+    that converts.
     """
     coords = np.asarray(coords, dtype=np.float64)
     factor = np.array([target[0] / source[0], target[1] / source[1]])
@@ -653,7 +654,8 @@ def _sample(ref, annotations, images, classes, folder, present):
 
 
 # ------------------------------------------------------------------------- prompts
-# The same templates train and test. `frame` is (1000, 1000) or a size in pixels: see `rescale`.
+# The same templates train and test. `frame` is (1000, 1000), (1, 1) or a size in pixels: see
+# `rescale`. Coordinates are written as whole numbers, in the frame (1, 1) with three decimals.
 
 BOX_TASK = "Find the object that the phrase describes and give its box as [x1,y1,x2,y2]."
 POINT_TASK = (
@@ -664,6 +666,7 @@ SAM_TASK = (
     "positive_points [x,y] on it. [] if there is none."
 )
 RELATIVE = "Coordinates are integers from 0 to 1000."
+DECIMAL = "Coordinates are decimals from 0 to 1."
 ABSOLUTE = "Coordinates are pixels of the {}x{} image."
 THINK = "Reason between <think> and </think> first, then answer between <answer> and </answer>."
 NO_THINK = "Answer between <answer> and </answer>, without any reasoning."
@@ -691,8 +694,16 @@ def clean_phrase(phrase):
     return phrase
 
 
+def _units(coords, frame):
+    """(the smallest steps in which the frame is written, as int array; a step -> its text)."""
+    places = 3 if tuple(frame) == (1, 1) else 0
+    steps = np.rint(np.multiply(coords, 10**places)).astype(int)
+    return steps, lambda step: f"{step / 10**places:.{places}f}"
+
+
 def _instructions(task, frame, think):
-    frame_text = RELATIVE if tuple(frame) == (1000, 1000) else ABSOLUTE.format(*frame)
+    relative = {(1000, 1000): RELATIVE, (1, 1): DECIMAL}
+    frame_text = relative.get(tuple(frame)) or ABSOLUTE.format(*frame)
     return f"{task}\n{frame_text}\n{THINK if think else NO_THINK}"
 
 
@@ -701,11 +712,22 @@ def box_prompt(phrase, frame=(1000, 1000), think=False):
     return f"Phrase: {clean_phrase(phrase)}\n{_instructions(BOX_TASK, frame, think)}"
 
 
+def _box_text(box, frame):
+    """[x1,y1,x2,y2], at least one unit (1, or 0.001 in the frame (1, 1)) wide and high."""
+    (x1, y1, x2, y2), text = _units(box, frame)
+    return f"[{','.join(map(text, [x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)]))}]"
+
+
+def _points_text(points, frame):
+    """[[x,y],[x,y],…]"""
+    steps, text = _units(points, frame)
+    return f"[{','.join(f'[{text(x)},{text(y)}]' for x, y in steps)}]"
+
+
 def point_prompt(phrase, points, frame=(1000, 1000), think=False):
     """Stage II: phrase and points (N, 2), already in `frame` -> N labels."""
-    listed = ",".join(f"[{x},{y}]" for x, y in np.rint(points).astype(int).tolist())
     return (
-        f"Phrase: {clean_phrase(phrase)}\n{len(points)} points: [{listed}]\n"
+        f"Phrase: {clean_phrase(phrase)}\n{len(points)} points: {_points_text(points, frame)}\n"
         f"{_instructions(POINT_TASK, frame, think)}"
     )
 
@@ -716,32 +738,28 @@ def sam_prompt(phrase, frame=(1000, 1000)):
     return f"Phrase: {clean_phrase(phrase)}\n{_instructions(SAM_TASK, frame, think=True)}"
 
 
-def _whole(box):
-    """A box (4,) in whole units, at least one wide and high, as a list."""
-    x1, y1, x2, y2 = np.rint(box).astype(int).tolist()
-    return [x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)]
-
-
-def box_answer(box, rationale=None):
+def box_answer(box, rationale=None, frame=(1000, 1000)):
     """Target text for a box (4,) in the model's frame."""
-    return _answer(_whole(box), rationale)
+    return _answer(_box_text(box, frame), rationale)
 
 
 def point_answer(labels, rationale=None):
     """Target text for labels (N,)."""
-    return _answer([int(label) for label in labels], rationale)
+    return _answer(f"[{','.join(str(int(label)) for label in labels)}]", rationale)
 
 
-def sam_answer(instances, rationale):
+def sam_answer(instances, rationale, frame=(1000, 1000)):
     """Target text for [(box (4,), points (2, 2))] in the model's frame."""
-    whole = lambda points: np.rint(points).astype(int).tolist()
-    items = [{"bbox_2d": _whole(box), "positive_points": whole(p)} for box, p in instances]
-    return _answer(items, rationale)
+    items = [
+        f'{{"bbox_2d":{_box_text(box, frame)},"positive_points":{_points_text(points, frame)}}}'
+        for box, points in instances
+    ]
+    return _answer(f"[{','.join(items)}]", rationale)
 
 
-def _answer(value, rationale):
+def _answer(text, rationale):
     think = f"<think>{rationale}</think>" if rationale else ""
-    return f"{think}<answer>{json.dumps(value, separators=(',', ':'))}</answer>"
+    return f"{think}<answer>{text}</answer>"
 
 
 PLACES = [
@@ -1012,14 +1030,14 @@ class Questions(Dataset):
         to_frame = lambda coords: rescale(coords, image.size, frame)
         if args.prompts == "sam":
             found = [(to_frame(box), to_frame(points)) for box, points in true_instances(mask)]
-            answer = sam_answer(found, reasoning(sample, chosen, mask))
+            answer = sam_answer(found, reasoning(sample, chosen, mask), frame)
             return Question(image, sam_prompt(phrase, frame), answer, "sam", mask, frame)
         box = mask_to_box(mask)
         think = bool(rng.random() < args.think_ratio)
         why = reasoning(sample, chosen, mask) if think else None
         if task == "box":
-            prompt = box_prompt(phrase, frame, think)
-            return Question(image, prompt, box_answer(to_frame(box), why), "box", mask, frame)
+            prompt, answer = box_prompt(phrase, frame, think), box_answer(to_frame(box), why, frame)
+            return Question(image, prompt, answer, "box", mask, frame)
         if rng.random() < args.miss_ratio:  # from true boxes alone one learns that 1 is always safe
             others = self.in_image[sample.image_path]
             box = mask_to_box(others[rng.integers(len(others))].mask)
@@ -1085,6 +1103,9 @@ def collate(processor, images, prompts, answers=None):
     batch = processor(
         images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"
     )
+    batch.pop("batch_num_images", None)  # LLaVA-OneVision: 1 each, which is its default
+    if "mm_token_type_ids" not in batch:  # Qwen-VL models come with it: 1 on image tokens
+        batch["mm_token_type_ids"] = (batch["input_ids"] == processor.image_token_id).long()
     if answers is None:
         return dict(batch)
     tokenizer = processor.tokenizer
@@ -1101,23 +1122,18 @@ def collate(processor, images, prompts, answers=None):
     batch["labels"] = torch.stack([left_pad(labels, -100) for _, labels in rows])
     # NOTE: not `ids != pad`: where pad = eos, that would hide the end-of-sequence from the model
     batch["attention_mask"] = torch.stack([left_pad(torch.ones_like(ids), 0) for ids, _ in rows])
-    if "mm_token_type_ids" in batch:  # Qwen-VL models: 1 on image tokens; answers hold none
-        batch["mm_token_type_ids"] = (batch["input_ids"] == processor.image_token_id).int()
+    batch["mm_token_type_ids"] = (batch["input_ids"] == processor.image_token_id).int()
     return dict(batch)
 
 
 def collate_text(processor, prompts):
     """What follows the image in prompts (B): input_ids and attention_mask, left-padded (B, Q)."""
-    texts = [chat.partition(processor.image_token)[2] for chat in _chats(processor, prompts)]
-    return dict(
-        processor.tokenizer(
-            texts,
-            add_special_tokens=False,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-    )
+    token, tokenizer = processor.image_token, processor.tokenizer
+    texts = [token + chat.partition(token)[2] for chat in _chats(processor, prompts)]
+    # NOTE: behind an image token, as in the whole: Llama's tokenizer puts a space before what it
+    # takes for the beginning of a text
+    rows = [ids[1:] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return dict(tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt"))
 
 
 def collate_images(processor, images):

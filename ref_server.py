@@ -5,7 +5,8 @@ never changes, so it need not live in the training process: one server can serve
 another GPU or another machine.
 
     POST /logps    safetensors in: input_ids, attention_mask (B, P) and the image of each of B
-                   prompts; completions, mask (B*G, C); temperature (). Out: logps (B*G, C)
+                   prompts, as its processor gives it; completions, mask (B*G, C); temperature ().
+                   Out: logps (B*G, C)
     GET  /health   JSON: model, fingerprint (of vocabulary and weights), vocab_size, dtype
 
 Only the standard library's http.server and safetensors: nothing that arrives is ever unpickled or
@@ -60,11 +61,14 @@ REQUEST = {  # what a request holds, and of which types it may be
     "input_ids": IDS,  # (B, P)
     "attention_mask": FLAGS,  # (B, P)
     "mm_token_type_ids": FLAGS,  # (B, P)
-    "pixel_values": FLOATS,  # (patches of all images, numbers of a patch)
-    "image_grid_thw": IDS,  # (B, 3)
     "completions": IDS,  # (B*G, C)
     "mask": FLAGS,  # (B*G, C)
     "temperature": FLOATS,  # ()
+}
+IMAGES = {  # and the images, as the model's family has them: sampler.image_inputs
+    "pixel_values": FLOATS,  # see check_patches, check_tiles, check_rows_of_tiles
+    "image_grid_thw": IDS,  # (B, 3)
+    "image_sizes": IDS,  # (B, 2), height and width
 }
 
 
@@ -293,23 +297,24 @@ def stop_child(child):
 # ------------------------------------------------------------------------- server
 
 
-def check_request(tensors, model):
+def check_request(tensors, model, processor):
     """InputError, saying what was expected, for a request that the model cannot score.
 
     NOTE: an id out of range must not reach a GPU: it ends the whole process, not the request.
     """
-    unknown, missing = tensors.keys() - REQUEST.keys(), REQUEST.keys() - tensors.keys()
-    check(not unknown, f"unknown tensors {sorted(unknown)}, expected {', '.join(REQUEST)}")
+    config = model.config
+    expected = REQUEST | {name: IMAGES[name] for name in sampler.image_inputs(config)}
+    unknown, missing = tensors.keys() - expected.keys(), expected.keys() - tensors.keys()
+    check(not unknown, f"unknown tensors {sorted(unknown)}, expected {', '.join(expected)}")
     check(not missing, f"missing tensors {sorted(missing)}")
-    for name, types in REQUEST.items():
+    for name, types in expected.items():
         found = tensors[name].dtype
         check(found in types, f"{name}: expected {' or '.join(map(str, types))}, found {found}")
     for name in ("input_ids", "attention_mask", "mm_token_type_ids", "completions", "mask"):
         value = tensors[name]
         found = f"found {tuple(value.shape)}"
         check(value.dim() == 2 and value.numel(), f"{name}: expected two dimensions, {found}")
-    ids, completions, grid = (tensors[k] for k in ("input_ids", "completions", "image_grid_thw"))
-    config = model.config
+    ids, completions = tensors["input_ids"], tensors["completions"]
     for name in ("attention_mask", "mm_token_type_ids"):
         check(tensors[name].shape == ids.shape, f"{name}: expected the shape of input_ids")
     check(tensors["mask"].shape == completions.shape, "mask: expected the shape of completions")
@@ -333,30 +338,87 @@ def check_request(tensors, model):
     is_image, types = ids == config.image_token_id, tensors["mm_token_type_ids"]
     check((types == is_image).all(), "mm_token_type_ids: expected 1 on image tokens, 0 elsewhere")
     check(not (is_image & (attention == 0)).any(), "attention_mask: 0 on an image token")
-    for token in sampler.vision_tokens(model):
+    for token in sampler.vision_tokens(model, processor):
         check(not (completions == token).any(), f"completions: vision token {token}, expected text")
-    check(not (ids == config.video_token_id).any(), "input_ids: a video token, expected images")
-    check(grid.shape == (batch, 3), f"image_grid_thw: expected ({batch}, 3), an image a prompt")
-    check_images(tensors["pixel_values"], grid, is_image, config.vision_config)
+    video = getattr(config, "video_token_id", None)
+    check(video is None or not (ids == video).any(), "input_ids: a video token, expected images")
+    check_images(tensors, is_image, config, processor)
     temperature = tensors["temperature"]
     check(temperature.dim() == 0, "temperature: expected one number, of no dimension")
     sound = math.isfinite(temperature) and temperature > 0
     check(sound, f"temperature: expected more than 0, found {temperature}")
 
 
-def check_images(pixels, grid, is_image, vision):
-    """Every prompt's runs of image tokens (is_image, bool (B, P)) fit the grids, in their order."""
+def check_images(tensors, is_image, config, processor):
+    """Every prompt's image tokens (is_image, bool (B, P)) are one run, of as many as its image has.
+
+    NOTE: models compare the sum over the batch alone: two images with each other's number of tokens
+    would be taken for one another without a word
+    """
+    pixels, batch = tensors["pixel_values"], len(is_image)
+    if "image_grid_thw" in tensors:
+        sizes = check_patches(pixels, tensors["image_grid_thw"], batch, config)
+    elif "image_sizes" in tensors:
+        sizes = check_rows_of_tiles(pixels, tensors["image_sizes"], batch, config, processor)
+    else:
+        sizes = check_tiles(pixels, is_image.sum(1), config)
+    check(pixels.isfinite().all(), "pixel_values: expected numbers, found nan or infinity")
+    runs = [len(list(r)) for row in is_image.tolist() for key, r in groupby(row) if key]
+    found = f"runs of image tokens {runs[:9]}, expected {sizes[:9]} as the images are"
+    check(runs == sizes, f"input_ids: {found}")
+
+
+def check_patches(pixels, grid, batch, config):
+    """Qwen-VL: patches of all images (patches, numbers of one) as grids (B, 3) say -> image tokens
+    of each prompt."""
+    check(grid.shape == (batch, 3), f"image_grid_thw: expected ({batch}, 3), an image a prompt")
     check((grid > 0).all() and (grid < 2**15).all(), "image_grid_thw: sides from 1 to 32767")
+    vision = config.vision_config
     merge = vision.spatial_merge_size
     check((grid[:, 1:] % merge == 0).all(), f"image_grid_thw: expected multiples of {merge}")
     patch = math.prod((vision.temporal_patch_size, vision.patch_size, vision.patch_size))
     expected = (int(grid.prod(-1).sum()), getattr(vision, "in_channels", 3) * patch)
     found = f"found {tuple(pixels.shape)}"
     check(pixels.shape == expected, f"pixel_values: expected {expected}, as grids say, {found}")
-    check(pixels.isfinite().all(), "pixel_values: expected numbers, found nan or infinity")
-    runs = [len(list(r)) for row in is_image.tolist() for key, r in groupby(row) if key]
-    sizes = (grid.prod(-1) // merge**2).tolist()
-    check(runs == sizes, f"input_ids: runs of image tokens {runs[:9]}, grids say {sizes[:9]}")
+    return (grid.prod(-1) // merge**2).tolist()
+
+
+def check_tiles(pixels, tokens, config):
+    """InternVL and LLaVA-1.5: tiles of all images (tiles, 3, side, side), of LLaVA-1.5 one each;
+    prompts' numbers of image tokens, (B,) -> what they should be."""
+    tile = shape_of_tile(config)
+    found = f"found {tuple(pixels.shape)}"
+    check(pixels.shape[1:] == tile, f"pixel_values: expected (tiles, {tile}), {found}")
+    patch = config.vision_config.patch_size
+    patch = patch if isinstance(patch, int) else patch[0]
+    each = int((tile[1] // patch) ** 2 * getattr(config, "downsample_ratio", 1) ** 2)
+    # InternVL has no count of tiles: what the tokens say must come to what there is
+    counts = torch.ones_like(tokens) if config.model_type == "llava" else tokens // each
+    check(counts.sum() == len(pixels), f"pixel_values: expected {counts.sum()} tiles, {found}")
+    return (counts * each).tolist()
+
+
+def check_rows_of_tiles(pixels, sizes, batch, config, processor):
+    """LLaVA-NeXT and OneVision: a row of tiles for each image, (B, tiles, 3, side, side), padded to
+    the longest or beyond; heights and widths (B, 2) -> image tokens of each prompt."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    check(sizes.shape == (batch, 2), f"image_sizes: expected ({batch}, 2), an image a prompt")
+    check((sizes > 0).all() and (sizes < 2**15).all(), "image_sizes: sides from 1 to 32767")
+    tile, grids = shape_of_tile(config), config.image_grid_pinpoints
+    least = max(image_size_to_num_patches(size, grids, tile[1]) for size in sizes.tolist())
+    sound = pixels.dim() == 5 and len(pixels) == batch and pixels.shape[2:] == tile
+    found = f"found {tuple(pixels.shape)}"
+    expected = f"({batch}, {least} tiles or more, {tile})"
+    check(sound and pixels.shape[1] >= least, f"pixel_values: expected {expected}, {found}")
+    # the processor's own count, which transformers keeps for programs that plan with it, as vLLM
+    return processor._get_num_multimodal_tokens(image_sizes=sizes.tolist())["num_image_tokens"]
+
+
+def shape_of_tile(config):
+    """(3, height, width) of what the vision encoder takes."""
+    side = config.vision_config.image_size
+    return (3, side, side) if isinstance(side, int) else (3, *side)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -441,7 +503,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             check(len(body) == length, f"{len(body)} bytes, Content-Length says {length}")
             tensors = unpack(body)
-            check_request(tensors, server.model)
+            check_request(tensors, server.model, server.processor)
             answers = tensors.pop("completions"), tensors.pop("mask")
             temperature = tensors.pop("temperature").item()
             with server.one_at_a_time, torch.no_grad():
@@ -464,8 +526,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = False  # server_close waits for the answers that are under way
     request_queue_size = 128  # of 5, the default, the sixth that asks at once waits for a second
 
-    def __init__(self, args, model, health):
-        self.model, self.health, self.timeout_s = model, health, args.timeout
+    def __init__(self, args, model, processor, health):
+        self.model, self.processor, self.health = model, processor, health
+        self.timeout_s = args.timeout
         self.max_bytes, self.one_at_a_time = args.max_mb * 2**20, threading.Lock()
         self.slots = threading.BoundedSemaphore(args.max_requests)
         super().__init__((args.host, args.port), Handler)
@@ -511,7 +574,7 @@ def main(args):
 
     # 3. The server. From here on it finishes what it has begun to answer.
     try:
-        server = Server(args, model, health)
+        server = Server(args, model, processor, health)
     except (OSError, OverflowError) as error:
         raise InputError(
             f"cannot listen on {args.host}:{args.port} ({error}): choose another --port"

@@ -6,7 +6,7 @@
        K = clip(floor(alpha * side / image_side), K_min, K_max),  alpha = 16, K_max = 6
 
    Points whose label the model itself doubts (p < 0.9) are dropped.
-2. **Policy.** A multimodal language model of the Qwen-VL kind, as transformers loads it.
+2. **Policy.** A multimodal language model as transformers loads it: Qwen-VL, InternVL or LLaVA.
 3. **Reading and answering.** An image is read once, however many phrases and questions follow; the
    probability of every character comes with the answer, so that doubt costs no second forward pass.
 4. **Groups.** For GRPO: G completions of a prompt and their log-probs, all in the prompt's row, so
@@ -140,7 +140,8 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
 
     A folder that holds only an adapter (sft.py --no-merge, or PEFT's own) is loaded onto its base
     and merged. dtype: float32 on CPU and bfloat16 on CUDA unless told. Weights are read as
-    safetensors only, and no code of the checkpoint is run. InputError if there is no such model.
+    safetensors only, and no code of the checkpoint is run. InputError if there is no such model, or
+    one of a family that nothing here is written for.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -177,7 +178,59 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
             f"no model at {path}: expected a Hugging Face folder (config.json, *.safetensors) or "
             f"a hub name that can be reached ({why})"
         ) from None
+    check_family(model, processor, path)
+    if model.config.model_type == "llava":
+        show_whole_images(model, processor)
     return model.to(device).eval(), processor
+
+
+def image_inputs(config):
+    """Names of the tensors that hold the images of a prompt batch; () for a family unknown here."""
+    vision = getattr(config, "vision_config", None)
+    if hasattr(vision, "spatial_merge_size"):  # Qwen-VL: all images' patches, and their grids
+        return "pixel_values", "image_grid_thw"
+    if hasattr(config, "image_grid_pinpoints"):  # LLaVA-NeXT, OneVision: a row of tiles for each
+        return "pixel_values", "image_sizes"
+    if config.model_type in ("internvl", "llava") and vision.model_type != "pixtral":
+        return ("pixel_values",)  # all images' tiles, each behind as many tokens; LLaVA: one tile
+    return ()
+
+
+def check_family(model, processor, path):
+    """InputError for a model that loads but whose images could not be told apart in a batch."""
+    token = getattr(processor, "image_token", None)
+    if token is None or getattr(model.config, "image_token_id", None) is None:
+        why = "no image token"
+    elif not image_inputs(model.config):
+        why = "images in a form that is not known here"
+    elif not processor.chat_template:
+        why = "no chat template"
+    else:
+        return
+    raise InputError(
+        f"{path} is of type {model.config.model_type} and has {why}: expected a Qwen-VL, InternVL "
+        "or LLaVA chat model (the README lists which)"
+    )
+
+
+def show_whole_images(model, processor):
+    """Let LLaVA-1.5 see the whole image, resized to its square.
+
+    NOTE: its processor, as published, cuts off what sticks out of the middle square (center crop):
+    a target there would never be seen. The model was trained on images padded to a square, with
+    boxes relative to that square (github.com/haotian-liu/LLaVA/issues/606). Resizing keeps every
+    pixel and makes the boxes relative to the image itself, as those of its successors are. On a
+    square image, as in RRSIS-D, all three are one; on others the published weights have to learn it
+    """
+    images, side = processor.image_processor, model.config.vision_config.image_size
+    images.size = {"height": side, "width": side}
+    images.do_center_crop = images.do_pad = False
+
+
+# Relative frames by config.model_type. Decimals: LLaVA-1.5's instruction data, from which the later
+# ones grew. Integers to 1000: the reports of Qwen2-VL and Qwen3-VL, InternVL's description of its
+# grounding data, and all that is not listed.
+FRAMES = dict.fromkeys(["llava", "llava_next", "llava_onevision"], (1, 1))
 
 
 def check_sides(width, height):
@@ -191,12 +244,12 @@ def check_sides(width, height):
 def answer_frame(model, processor, width, height):
     """The (width, height) in which the model speaks of an image of that many pixels.
 
-    Qwen2.5-VL answers in pixels of the image *after its processor resized it*; Qwen2-VL, Qwen3-VL
-    and most others on a relative scale of 0 to 1000. InputError for an image too thin for them.
+    Qwen2.5-VL answers in pixels of the image *after its processor resized it*; the others on a
+    relative scale, 0 to 1000 or 0 to 1: see FRAMES. InputError for an image too thin for them.
     """
     check_sides(width, height)
     if model.config.model_type != "qwen2_5_vl":
-        return 1000, 1000
+        return FRAMES.get(model.config.model_type, (1000, 1000))
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     images = processor.image_processor
@@ -212,11 +265,12 @@ def mixed_precision(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=half)
 
 
-def vision_tokens(model):
+def vision_tokens(model, processor):
     """Ids of the tokens that stand for vision: a model must not write them."""
-    names = ("image", "video", "vision_start", "vision_end")
-    ids = [getattr(model.config, f"{name}_token_id", None) for name in names]
-    return [token for token in ids if token is not None]
+    names = ("image", "video", "vision_start", "vision_end", "start_image", "end_image")
+    known = (model.config, processor, processor.tokenizer)  # InternVL's config knows one of four
+    ids = {getattr(place, f"{name}_token_id", None) for name in names for place in known}
+    return sorted(ids - {None})
 
 
 def fingerprint(model, processor):
@@ -349,7 +403,7 @@ def decode(model, processor, context, group, max_new_tokens, temperature):
     use_group_attention(model)
     cache, seen, following, hidden = context
     tokenizer, batch = processor.tokenizer, len(seen)
-    vision = torch.tensor(vision_tokens(model), dtype=torch.long, device=seen.device)
+    vision = torch.tensor(vision_tokens(model, processor), dtype=torch.long, device=seen.device)
     with inference(model):
         hidden = hidden.repeat_interleave(group, 0)  # (B*G, D)
         places = torch.arange(batch * group, device=seen.device).view(batch, group)  # rows of ids
@@ -413,12 +467,24 @@ def generate(model, processor, context, max_new_tokens, temperature=0.0):
 
 
 def take_prompts(prompt, rows):
-    """The inputs of some of B prompts. Patches of all images lie in one tensor, image by image."""
+    """The inputs of some of B prompts.
+
+    The pixels of all images lie in one tensor, image by image: patches, as many as a grid says
+    (Qwen-VL), or tiles, as many as image tokens say (InternVL), or one row for each (LLaVA).
+    """
     taken = {key: value[rows] for key, value in prompt.items() if key != "pixel_values"}
     if "pixel_values" not in prompt:
         return taken
-    patches = prompt["pixel_values"].split(prompt["image_grid_thw"].prod(-1).tolist())
-    return {**taken, "pixel_values": torch.cat([patches[row] for row in rows])}
+    pixels = prompt["pixel_values"]
+    if "image_grid_thw" in prompt:
+        counts = prompt["image_grid_thw"].prod(-1)
+    elif len(pixels) == len(prompt["input_ids"]):
+        counts = torch.ones(len(pixels), dtype=torch.long)
+    else:
+        tokens = prompt["mm_token_type_ids"].sum(1)  # a tile has as many as any other
+        counts = tokens * len(pixels) // tokens.sum()
+    parts = pixels.split(counts.tolist())
+    return {**taken, "pixel_values": torch.cat([parts[row] for row in rows])}
 
 
 def sample_group(model, processor, prompt, group, max_new_tokens, temperature=1.0):
@@ -619,12 +685,14 @@ def make_trainable(model, args, dropout):
 
 
 def merger_names(model):
-    """What lies between vision encoder and language model: Qwen's merger, deepstack mergers."""
+    """What lies between vision encoder and language model: Qwen's merger and deepstack mergers,
+    InternVL's and LLaVA's projector."""
+    ends = ("visual.merger", "multi_modal_projector")
     names = [name for name, _ in model.named_modules()]
     return [
         n
         for n in names
-        if n.endswith("visual.merger") or n.rpartition(".")[0].endswith("deepstack_merger_list")
+        if n.endswith(ends) or n.rpartition(".")[0].endswith("deepstack_merger_list")
     ]
 
 

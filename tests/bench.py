@@ -208,7 +208,7 @@ def rollout(repeats):
                     top_k=0,
                     top_p=1.0,
                     max_new_tokens=completion,
-                    suppress_tokens=sampler.vision_tokens(model),
+                    suppress_tokens=sampler.vision_tokens(model, processor),
                     pad_token_id=processor.tokenizer.pad_token_id,
                     eos_token_id=eos,
                 )[:, start:]
@@ -333,7 +333,7 @@ def published(model, processor, segmenter, todo, args):
     tokenizer, rows = processor.tokenizer, []
     options = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
     options |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    options["suppress_tokens"] = sampler.vision_tokens(model)
+    options["suppress_tokens"] = sampler.vision_tokens(model, processor)
     answer = lambda ids: tokenizer.decode(ids[: -int(ids[-1] == tokenizer.eos_token_id) or None])
     for sample, i in todo:
         image, truth, phrase = sample.image(), sample.mask, sample.phrases[i]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED
+from families import QWEN, TILED, saved_policy, small_policy, small_qwen
 from PIL import Image
 
 import data
@@ -138,59 +139,7 @@ def test_a_missing_model_is_one_clear_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def qwen_processor(kind, tokenizer):
-    """The processor class of a Qwen-VL family around any tokenizer with its special tokens."""
-    import transformers as hf
-
-    from assets.make_tiny import CHAT_TEMPLATE
-
-    patch = 16 if kind == "Qwen3VL" else 14
-    images = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
-    size = {"size": {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}}
-    video = hf.Qwen3VLVideoProcessor if kind == "Qwen3VL" else hf.Qwen2VLVideoProcessor
-    name = {
-        "Qwen2VL": "Qwen2VLProcessor",
-        "Qwen2_5_VL": "Qwen2_5_VLProcessor",
-        "Qwen3VL": "Qwen3VLProcessor",
-    }
-    image_processor = hf.Qwen2VLImageProcessor(**images, **size)
-    return getattr(hf, name[kind])(
-        image_processor, tokenizer, video(**images), chat_template=CHAT_TEMPLATE
-    )
-
-
-def small_qwen(kind, tokenizer):
-    """A randomly initialised Qwen-VL of small width: (model, processor)."""
-    import transformers as hf
-
-    processor = qwen_processor(kind, tokenizer)
-    ids = tokenizer.convert_tokens_to_ids
-    text = {
-        "vocab_size": max(len(tokenizer), 1000),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-    }
-    vision = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    vision |= {
-        "Qwen2VL": {"embed_dim": 32, "hidden_size": 64, "patch_size": 14, "mlp_ratio": 2},
-        "Qwen2_5_VL": {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
-        | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
-        "Qwen3VL": {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
-        | {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
-    }[kind]
-    tokens = {f"{n}_token_id": ids(f"<|{n}|>") for n in ("vision_start", "vision_end")}
-    tokens |= {f"{n}_token_id": ids(f"<|{n}_pad|>") for n in ("image", "video")}
-    config = getattr(hf, f"{kind}Config")(text_config=text, vision_config=vision, **tokens)
-    torch.manual_seed(0)
-    return getattr(hf, f"{kind}ForConditionalGeneration")(config).eval(), processor
-
-
-@pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+@pytest.mark.parametrize("kind", QWEN)
 def test_coordinates_survive_the_round_trip_to_the_models_frame(kind, tiny, tmp_path):
     model, processor = small_qwen(kind, tiny[1].tokenizer)
     with pytest.raises(InputError, match="1 : 200"):
@@ -256,25 +205,20 @@ def padded_logps(model, processor, prompt, completions, mask, temperature):
     group = len(completions) // len(prompt["input_ids"])
     rows = [row for row in range(len(prompt["input_ids"])) for _ in range(group)]
     wide = sampler.take_prompts(prompt, rows)
+    start = wide["input_ids"].shape[1]
     ids = torch.cat([wide["input_ids"], completions], 1)
-    logits = model(
-        input_ids=ids,
-        attention_mask=torch.cat([wide["attention_mask"], mask.long()], 1),
-        mm_token_type_ids=(ids == model.config.image_token_id).int(),
-        pixel_values=wide["pixel_values"],
-        image_grid_thw=wide["image_grid_thw"],
-    ).logits[:, wide["input_ids"].shape[1] - 1 : -1]
+    wide |= {"input_ids": ids, "mm_token_type_ids": (ids == model.config.image_token_id).int()}
+    wide["attention_mask"] = torch.cat([wide["attention_mask"], mask.long()], 1)
+    logits = model(**wide).logits[:, start - 1 : -1]
     logp = (logits / temperature).log_softmax(-1).gather(2, completions[..., None])[..., 0]
     return torch.where(mask, logp, 0.0)
 
 
-@pytest.mark.parametrize("kind", ["tiny", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+@pytest.mark.parametrize("kind", ["tiny", *QWEN, *TILED])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_shared_prefix_gives_what_the_padded_batch_gives(kind, checkpointing, tiny):
     """Log-probs and gradients, for completions of unlike lengths behind unlike prompts."""
-    model, processor = (
-        sampler.load_policy() if kind == "tiny" else small_qwen(kind, tiny[1].tokenizer)
-    )
+    model, processor = sampler.load_policy() if kind == "tiny" else small_policy(kind)
     prompt = unlike_prompts(processor)
     torch.manual_seed(0)
     if checkpointing:
@@ -318,9 +262,9 @@ def test_the_shared_prefix_encodes_an_image_once(tiny, monkeypatch):
     assert encoded == [len(prompt["pixel_values"])] * 2
 
 
-@pytest.mark.parametrize("kind", ["tiny", "Qwen2_5_VL", "Qwen3VL"])
+@pytest.mark.parametrize("kind", ["tiny", "Qwen2_5_VL", "Qwen3VL", *TILED])
 def test_sampling_gives_the_log_probs_that_scoring_gives(kind, tiny):
-    model, processor = tiny if kind == "tiny" else small_qwen(kind, tiny[1].tokenizer)
+    model, processor = tiny if kind == "tiny" else small_policy(kind)
     prompt = unlike_prompts(processor)
     torch.manual_seed(0)
     ids, mask, logp = sampler.sample_group(model, processor, prompt, 5, 24, temperature=1.7)
@@ -331,10 +275,10 @@ def test_sampling_gives_the_log_probs_that_scoring_gives(kind, tiny):
     assert (logp - scored).abs().max() < 1e-4 and (logp[mask] < 0).any()
 
 
-@pytest.mark.parametrize("kind", ["tiny", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+@pytest.mark.parametrize("kind", ["tiny", *QWEN, *TILED])
 def test_a_prompt_read_in_two_parts_is_the_prompt(kind, tiny):
     """Two prompts behind one image, another behind an image of another size, in another order."""
-    model, processor = tiny if kind == "tiny" else small_qwen(kind, tiny[1].tokenizer)
+    model, processor = tiny if kind == "tiny" else small_policy(kind)
     rng = np.random.default_rng(1)
     sizes = [(128, 128), (160, 64)]
     images = [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
@@ -348,7 +292,9 @@ def test_a_prompt_read_in_two_parts_is_the_prompt(kind, tiny):
     assert (apart.following == together.following).all()
     ids, *_ = sampler.decode(model, processor, apart, 1, 12, 0.0)
     eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
-    options = {"suppress_tokens": sampler.vision_tokens(model), "eos_token_id": eos}
+    options = {"suppress_tokens": sampler.vision_tokens(model, processor), "eos_token_id": eos}
+    if kind in TILED:  # generate takes what a model's signature names
+        whole.pop("mm_token_type_ids")
     expected = model.generate(
         **whole, do_sample=False, max_new_tokens=12, pad_token_id=pad, **options
     )[:, whole["input_ids"].shape[1] :]
@@ -449,11 +395,24 @@ def test_a_group_is_sampled_from_the_models_distribution(tiny):
     assert torch.allclose(logp[:, 0].exp(), expected[ids[:, 0]], rtol=1e-3)
 
 
-def test_vision_tokens_are_never_sampled(tiny):
+QWEN_TOKENS = "<|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|>"
+
+
+@pytest.mark.parametrize(
+    "kind, texts",
+    [
+        ("Qwen3VL", QWEN_TOKENS),
+        ("InternVL", "<img> </img> <IMG_CONTEXT> <video>"),
+        ("Llava", "<image>"),
+        ("LlavaNext", "<image>"),
+        ("LlavaOnevision", "<image> <video>"),
+    ],
+)
+def test_vision_tokens_are_never_sampled(kind, texts):
     """NOTE: a completion that holds <|image_pad|> cannot be scored."""
-    model, processor = small_qwen("Qwen3VL", tiny[1].tokenizer)
-    vision = sampler.vision_tokens(model)
-    assert len(vision) == 4
+    model, processor = small_policy(kind)
+    vision = sampler.vision_tokens(model, processor)
+    assert sorted(processor.tokenizer.convert_ids_to_tokens(vision)) == sorted(texts.split())
     with torch.no_grad():  # a policy that likes nothing better
         model.lm_head.weight[vision] = 10 * model.lm_head.weight[vision].abs()
     ids, mask, _ = sampler.sample_group(model, processor, unlike_prompts(processor), 8, 12, 5.0)
@@ -504,8 +463,9 @@ def test_a_model_without_images_is_scored_from_plain_positions(tiny):
     assert torch.allclose(scored[:3], again[3:], atol=1e-5)
 
 
-def test_some_prompts_of_a_batch_are_what_they_are_alone(tiny):
-    model, processor = tiny
+@pytest.mark.parametrize("kind", ["tiny", *TILED])
+def test_some_prompts_of_a_batch_are_what_they_are_alone(kind, tiny):
+    model, processor = tiny if kind == "tiny" else small_policy(kind)
     prompt = unlike_prompts(processor)
     taken = sampler.take_prompts(prompt, [2, 0])
     mask = torch.ones(6, 4, dtype=torch.bool)
@@ -516,20 +476,45 @@ def test_some_prompts_of_a_batch_are_what_they_are_alone(tiny):
     assert torch.allclose(part, torch.cat([whole[4:], whole[:2]]), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", TILED)
+def test_the_pixels_of_some_prompts_are_those_of_their_images(kind):
+    """Three images, cut into unlike numbers of tiles, each alone and picked from a batch."""
+    model, processor = small_policy(kind)
+    rng = np.random.default_rng(0)
+    sizes = [(100, 100), (40, 100), (100, 60)]
+    images = [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
+    prompt = data.collate(processor, images, ["a ship"] * 3)
+    for row, image in enumerate(images):
+        alone = data.collate(processor, [image], ["a ship"])
+        taken = sampler.take_prompts(prompt, [row])
+        found, expected = taken.pop("pixel_values"), alone.pop("pixel_values")
+        if expected.dim() == 5:  # padded to the image that has most tiles
+            assert not found[:, expected.shape[1] :].any()
+            found = found[:, : expected.shape[1]]
+        assert torch.equal(found, expected)
+        real = taken["attention_mask"][0].bool()
+        assert taken["input_ids"][0][real].tolist() == alone["input_ids"][0].tolist()
+    both = sampler.take_prompts(prompt, [2, 1])
+    again, once = (sampler.take_prompts(*pair) for pair in ((both, [1]), (prompt, [1])))
+    assert again["pixel_values"].equal(once["pixel_values"])
+
+
 # ------------------------------------------------------------------------- LoRA
 
 
-@pytest.fixture
-def adapted():
-    """A tiny policy with LoRA that is no longer zero, and a batch."""
-    model, processor = sampler.load_policy()
+@pytest.fixture(params=["tiny", *TILED])
+def adapted(request, tmp_path):
+    """A policy with LoRA that is no longer zero, its processor, a batch, and where its base is."""
+    kind = request.param
+    base = sampler.TINY_VLM if kind == "tiny" else saved_policy(kind, tmp_path / "base")
+    model, processor = sampler.load_policy(base)
     torch.manual_seed(0)
     sampler.add_lora(model, rank=8, alpha=16, dropout=0.0)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name or "merger" in name:
+        if "lora_B" in name or "merger" in name or "projector" in name:
             parameter.data += 0.02 * torch.randn_like(parameter)
     batch = data.collate(processor, *ask(processor))
-    return model, processor, batch
+    return model, processor, batch, base
 
 
 def logits_of(model, batch):
@@ -550,8 +535,20 @@ def test_lora_starts_as_the_model_itself_and_trains_what_it_should(tiny):
     assert "model.visual.merger.linear_fc1.weight" in trained
 
 
+@pytest.mark.parametrize("kind", TILED)
+def test_lora_lies_in_the_language_model_alone_and_the_projector_trains_in_full(kind):
+    """The vision tower has layers of the same names (q_proj), which stay as they are."""
+    model, _ = small_policy(kind)
+    projector = {f"model.{n}" for n, _ in model.model.named_parameters() if "projector" in n}
+    sampler.add_lora(model, rank=8, alpha=16)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    lora = {name for name in trained if ".lora_" in name}
+    assert trained - lora == projector != set()
+    assert len(lora) == 2 * 7 * 2 and all("model.language_model.layers." in n for n in lora)
+
+
 def test_the_merged_folder_gives_the_logits_of_the_adapted_model(adapted, tmp_path):
-    model, processor, batch = adapted
+    model, processor, batch, _ = adapted
     expected = logits_of(model, batch)
     sampler.save_policy(model, processor, tmp_path)
     assert torch.allclose(logits_of(model, batch), expected)  # saving changed nothing
@@ -565,8 +562,8 @@ def test_the_merged_folder_gives_the_logits_of_the_adapted_model(adapted, tmp_pa
 
 
 def test_an_adapter_alone_loads_onto_its_base(adapted, tmp_path):
-    model, _, batch = adapted
-    sampler.save_adapter(model, tmp_path / "adapter", sampler.TINY_VLM)
+    model, _, batch, base = adapted
+    sampler.save_adapter(model, tmp_path / "adapter", base)
     loaded, _ = sampler.load_policy(tmp_path)
     assert (logits_of(loaded, batch) - logits_of(model, batch)).abs().max() < 1e-4
     half, _ = sampler.load_policy(tmp_path, dtype=torch.bfloat16)
@@ -575,8 +572,8 @@ def test_an_adapter_alone_loads_onto_its_base(adapted, tmp_path):
 
 def test_an_adapter_on_an_adapter_alone_is_loaded_too(adapted, tmp_path):
     """As after sft.py --no-merge and grpo.py --no-merge."""
-    model, _, batch = adapted
-    sampler.save_adapter(model, tmp_path / "sft" / "adapter", sampler.TINY_VLM)
+    model, _, batch, base = adapted
+    sampler.save_adapter(model, tmp_path / "sft" / "adapter", base)
     second, _ = sampler.load_policy(tmp_path / "sft")
     sampler.add_lora(second, rank=4, alpha=8, dropout=0.0)
     for name, parameter in second.named_parameters():
@@ -590,10 +587,9 @@ def test_an_adapter_on_an_adapter_alone_is_loaded_too(adapted, tmp_path):
 
 def test_the_real_peft_reads_the_adapter(adapted, tmp_path):
     peft = pytest.importorskip("peft")
-    model, _, batch = adapted
-    sampler.save_adapter(model, tmp_path, sampler.TINY_VLM)
-    base, _ = sampler.load_policy()
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    model, _, batch, base = adapted
+    sampler.save_adapter(model, tmp_path, base)
+    theirs = peft.PeftModel.from_pretrained(sampler.load_policy(base)[0], tmp_path).eval()
     assert (logits_of(theirs, batch) - logits_of(model, batch)).abs().max() < 1e-4
 
 
@@ -616,8 +612,8 @@ def test_an_adapter_written_by_peft_is_read(tmp_path):
 
 @pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 64}}])
 def test_an_adapter_that_would_be_misread_is_refused(adapted, tmp_path, change):
-    model, _, _ = adapted
-    sampler.save_adapter(model, tmp_path, sampler.TINY_VLM)
+    model, _, _, base = adapted
+    sampler.save_adapter(model, tmp_path, base)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(InputError, match=next(iter(change))):
