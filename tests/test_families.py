@@ -122,7 +122,7 @@ def test_questions_are_written_in_the_frame_that_they_are_asked_in(frame, small_
     args = sft.get_args(["--jitter", "0", "--miss_ratio", "0"])
     questions = data.Questions(samples, lambda w, h: frame, args)
     for index, sample in enumerate(samples[:6]):
-        image, _, answer = questions[0, index, "box"]
+        image, _, answer, *_ = questions[0, index, "box"]
         box = data.rescale(data.parse_boxes(answer)[0], frame, image.size)
         assert np.abs(box - data.mask_to_box(sample.mask)).max() <= image.width / min(frame[0], 200)
         prompt = questions[0, index, "point"][1]
