@@ -435,7 +435,17 @@ def make_sample(path, raw, name, ref_id, split, segmentation, size=None, reasons
     letters = lambda text: re.sub("[^a-z]", "", text.lower())
     weak = any(letters(phrase) == letters(class_name) for phrase in phrases)
     reasons = [text for text in map(plain_text, reasons) if text]
-    return Sample(path, phrases, class_name, ref_id, split, segmentation, size, weak, reasons)
+    return Sample(
+        image_path=path,
+        phrases=phrases,
+        class_name=class_name,
+        ref_id=ref_id,
+        split=split,
+        segmentation=segmentation,
+        size=size,
+        weak=weak,
+        reasons=reasons,
+    )
 
 
 # ------------------------------------------------------------------------- the REFER layout
@@ -623,7 +633,7 @@ def read_earthreason(folder, split, problems):
             questions = texts_of(content.get("questions"), "questions")
             if not questions:
                 raise InputError("it has no questions, expected a list of texts")
-            reasons = texts_of(content.get("answers", content.get("answer")), "answers")
+            reasons = texts_of(content.get("answers") or content.get("answer"), "answers")
             named = [content.get(key) for key in ("class_name", "class", "category")]
             name = next(filter(class_text, named), "object")
             image = find_file(images, ref_id, "image", folder / "images")
@@ -654,6 +664,7 @@ def read_phrases(folder, split, problems, images, masks):
 
 
 def _annotations(path):
+    """The list of an image's annotations."""
     annotations = read_object(path).get("annotations")
     if not isinstance(annotations, list):
         raise InputError(f"{path.name} has no list annotations")
@@ -680,10 +691,10 @@ def read_risors(folder, split, problems):
                 if annotation.get("area") == 0:
                     continue
                 raw = texts_of(annotation.get("description"), "description") or [""]
-                name = annotation.get("name") if class_text(annotation.get("name")) else "object"
+                kind = annotation.get("name") if class_text(annotation.get("name")) else "object"
                 segmentation, ref_id = annotation.get("segmentation"), f"{image.stem}_{place}"
                 size = size_of(segmentation)
-                samples.append(make_sample(image, raw, name, ref_id, split, segmentation, size))
+                samples.append(make_sample(image, raw, kind, ref_id, split, segmentation, size))
     return samples
 
 
@@ -1295,11 +1306,7 @@ def collate_images(processor, images):
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Check a data set and draw a contact sheet.")
     add = parser.add_argument
-    add(
-        "--option",
-        default="demo",
-        help="a set: demo, RRSISD, refsegrs ...; or several: a,b (README)",
-    )
+    add("--option", default="demo", help="set: demo, RRSISD, refsegrs ...; several: a,b or a:2,b")
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--log_dir", default="runs", help="the contact sheet goes to <log_dir>/<version_name>")
     add("--version_name", default="data", help="name of this run")

@@ -78,11 +78,7 @@ def get_args(argv=None):
     on_off = argparse.BooleanOptionalAction
     # model and data
     add("--model_path", help="folder or hub name to start from (default <log_dir>/sft)")
-    add(
-        "--option",
-        default="demo",
-        help="a set: demo, RRSISD, refsegrs ...; or several: a,b or a:2,b",
-    )
+    add("--option", default="demo", help="set: demo, RRSISD, refsegrs ...; several: a,b or a:2,b")
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--split", default="train", help="split to train on")
     # prompts and rollouts

@@ -75,11 +75,7 @@ def get_args(argv=None):
 
     # model and data
     add("--model_path", default=str(sampler.TINY_VLM), help="Hugging Face folder or hub name")
-    add(
-        "--option",
-        default="demo",
-        help="a set: demo, RRSISD, refsegrs ...; or several: a,b or a:2,b",
-    )
+    add("--option", default="demo", help="set: demo, RRSISD, refsegrs ...; several: a,b or a:2,b")
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--split", default="train", help="split to train on")
     # tasks
