@@ -606,9 +606,9 @@ def read_object(path):
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} cannot be read as JSON ({error})") from None
+        raise InputError(f"{path.name!r} cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path.name} holds a {type(content).__name__}, expected an object")
+        raise InputError(f"{path.name!r} holds a {type(content).__name__}, expected an object")
     return content
 
 
@@ -628,7 +628,7 @@ def read_earthreason(folder, split, problems):
     images, labels = files_in(folder / "images"), files_in(folder / "labels")
     asked = sorted(set(files_in(folder / "QAs", JSON_SUFFIX).values()))
     for path in asked:
-        with noting(problems), naming(f"{split}/QAs/{plain_text(path.name)}"):
+        with noting(problems), naming(f"{path.name!r} of {split}/QAs"):
             ref_id, content = path.name[: -len(".json")], read_object(path)
             questions = texts_of(content.get("questions"), "questions")
             if not questions:
@@ -667,7 +667,7 @@ def _annotations(path):
     """The list of an image's annotations."""
     annotations = read_object(path).get("annotations")
     if not isinstance(annotations, list):
-        raise InputError(f"{path.name} has no list annotations")
+        raise InputError(f"{path.name!r} has no list annotations")
     return annotations
 
 
@@ -685,7 +685,7 @@ def read_risors(folder, split, problems):
             table = find_file(table_files, name, "annotation", tables)
             annotations = _annotations(table)
         for place, annotation in enumerate(annotations):
-            with noting(problems), naming(f"annotation {place} of {plain_text(table.name)}"):
+            with noting(problems), naming(f"annotation {place} of {table.name!r}"):
                 if not isinstance(annotation, dict):
                     raise InputError(f"a {type(annotation).__name__}, expected an object")
                 if annotation.get("area") == 0:

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from conftest import TINY
 from layouts import FOLDERS, HEIGHT, WIDTH, WRITERS, write_all
-from PIL import Image
+from PIL import Image, ImageFile
 
 import data
 import eval as evaluation
 import grpo
 import sft
+from assets import make_demo
 from sampler import InputError
 
 MIXTURE = ",".join(WRITERS)
@@ -112,6 +113,13 @@ def test_a_list_may_have_a_byte_order_mark_windows_line_ends_and_blank_lines(set
     assert {s.ref_id: s.phrases[0] for s in samples} == {"0_2": "the château", "1_4": "a road"}
 
 
+def test_the_notes_that_macos_leaves_beside_files_are_no_records(sets, tmp_path):
+    shutil.copytree(sets[0] / "EarthReason", tmp_path / "set")
+    for name in ("QAs/._0.json", "images/._0.jpg", "labels/.png"):
+        (tmp_path / "set/test" / name).write_bytes(b"\0\5\x16\7")
+    assert same(data.load_samples("earthreason", tmp_path / "set"), sets[1]["earthreason"])
+
+
 def test_ids_stay_when_other_lines_are_bad(sets, tmp_path):
     folder = tmp_path / "set"
     shutil.copytree(sets[0] / "RefSegRS", folder)
@@ -152,6 +160,10 @@ def lines_to(name, *lines):
     return lambda folder: (folder / name).write_bytes(b"\n".join(lines))
 
 
+def rename(name, new):
+    return lambda folder: (folder / name).rename(folder / new)
+
+
 def qa(content):
     return lambda folder: (folder / "test/QAs/0.json").write_bytes(content)
 
@@ -174,24 +186,59 @@ def remove(name):
 
 LIST = "output_phrase_test.txt"
 BAD = {
-    "no image": ("earthreason", remove("test/images/0.jpg"), "QAs/0.json: image '0' is missing in"),
-    "no label": ("earthreason", remove("test/labels/0.png"), "QAs/0.json: mask '0' is missing in"),
-    "not JSON": ("earthreason", qa(b"{"), "test/QAs/0.json: 0.json cannot be read as JSON"),
-    "a deep one": ("earthreason", qa(b"[" * 10**6), "0.json cannot be read as JSON"),
-    "UTF-16": ("earthreason", qa(b"\xff\xfe\x00"), "0.json cannot be read as JSON"),
-    "a list": ("earthreason", qa(b"[]"), "0.json holds a list, expected an object"),
-    "no question": ("earthreason", qa(b"{}"), "0.json: it has no questions"),
-    "a blank question": ("earthreason", qa(b'{"questions": [" "]}'), "0.json: the phrase is empty"),
-    "numbers": ("earthreason", qa(b'{"questions": [1]}'), "0.json: its questions are not a list"),
+    "no image": (
+        "earthreason",
+        remove("test/images/0.jpg"),
+        "'0.json' of test/QAs: image '0' is missing in",
+    ),
+    "no label": (
+        "earthreason",
+        remove("test/labels/0.png"),
+        "'0.json' of test/QAs: mask '0' is missing in",
+    ),
+    "not JSON": ("earthreason", qa(b"{"), "'0.json' of test/QAs: '0.json' cannot be read as JSON"),
+    "a deep one": ("earthreason", qa(b"[" * 10**6), "'0.json' cannot be read as JSON"),
+    "UTF-16": ("earthreason", qa(b"\xff\xfe\x00"), "'0.json' cannot be read as JSON"),
+    "a list": ("earthreason", qa(b"[]"), "'0.json' holds a list, expected an object"),
+    "no question": ("earthreason", qa(b"{}"), "'0.json' of test/QAs: it has no questions"),
+    "a blank question": (
+        "earthreason",
+        qa(b'{"questions": [" "]}'),
+        "'0.json' of test/QAs: the phrase is empty",
+    ),
+    "numbers": (
+        "earthreason",
+        qa(b'{"questions": [1]}'),
+        "'0.json' of test/QAs: its questions are not a list",
+    ),
+    "a hidden sign": (
+        "earthreason",
+        rename("test/QAs/0.json", "test/QAs/0\u200b.json"),
+        "image '0\\u200b' is missing in",
+    ),
+    "a sign everywhere": (
+        "refsegrs",
+        lambda folder: [
+            rename("images/4.tif", "images/4\u200b.tif")(folder),
+            rename("masks/4.tif", "masks/4\u200b.tif")(folder),
+            lines_to(LIST, "4\u200b a road".encode())(folder),
+        ],
+        f"line 1 of {LIST}: its id is '4\\u200b_1', expected 1 to 200 printable characters",
+    ),
+    "many questions": (
+        "earthreason",
+        qa(b'{"questions": [%s"a"]}' % (b'"a", ' * 100)),
+        "'0.json' of test/QAs: its questions are not a list of up to 100 texts",
+    ),
     "an answer": (
         "earthreason",
         qa(b'{"questions": "a", "answers": {"0": "b"}}'),
-        "0.json: its answers are not a list of up to 100 texts",
+        "'0.json' of test/QAs: its answers are not a list of up to 100 texts",
     ),
     "a long answer": (
         "earthreason",
         qa(b'{"questions": "a", "answers": "%s"}' % (b"x" * 3000)),
-        "0.json: answers of 3000 characters, expected 2000 at most",
+        "'0.json' of test/QAs: answers of 3000 characters, expected 2000 at most",
     ),
     "no phrase": ("refsegrs", lines_to(LIST, b"4 a", b"5"), f"line 2 of {LIST}: the phrase is"),
     "an id": ("refsegrs", lines_to(LIST, b"77 a"), f"line 1 of {LIST}: image '77' is missing in"),
@@ -215,12 +262,12 @@ BAD = {
     "no picture": ("risors", remove("JPEGImages/4.jpg"), "line 1 of RISORS_test.txt: image '4'"),
     "twice": ("risors", lines_to("RISORS_test.txt", b"4", b"4.jpg"), "ref 4_0 (4.jpg): its ref_id"),
     "a table above": ("risors", lines_to("RISORS_test.txt", b"../4"), "image '../4' is missing in"),
-    "no text": ("risors", annotation(description=None), "annotation 0 of 4.json: the phrase is"),
-    "no RLE": ("risors", annotation(segmentation=None), "annotation 0 of 4.json: a mask of size"),
+    "no text": ("risors", annotation(description=None), "annotation 0 of '4.json': the phrase is"),
+    "no RLE": ("risors", annotation(segmentation=None), "annotation 0 of '4.json': a mask of size"),
     "thin": (
         "risors",
         annotation(segmentation={"size": [1, 400], "counts": [400]}),
-        "annotation 0 of 4.json: an image of 400 x 1, expected sides of 1 : 200",
+        "annotation 0 of '4.json': an image of 400 x 1, expected sides of 1 : 200",
     ),
 }
 
@@ -318,6 +365,16 @@ def test_a_mask_file_that_fails_is_named_with_its_record_and_its_remedy(sets, tm
     assert [s.ref_id for s in sound] == ["5_3", "5_4"] and len(problems) == 2
 
 
+def test_an_error_that_numpy_would_pass_over_is_one_line_too(tmp_path, monkeypatch):
+    def load(image):
+        raise AttributeError("damaged")
+
+    Image.new("L", (4, 3)).save(tmp_path / "x.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(InputError, match="cannot decode mask .*damaged"):
+        data.open_mask(tmp_path / "x.png")
+
+
 def test_a_mask_whose_header_promises_400_million_pixels_is_refused_at_once(tmp_path):
     header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
@@ -375,11 +432,14 @@ def test_a_mixture_holds_all_sets_in_order_each_with_its_name(sets):
         assert same([s for s in samples if s.option == name], truth[name])
 
 
-def test_the_demo_can_be_part_of_a_mixture(sets, small_set, tmp_path):
-    shutil.copytree(small_set, tmp_path / "all")
-    shutil.copytree(sets[0] / "RISORS", tmp_path / "all/risors")
-    samples = data.load_samples("risors,demo", tmp_path / "all", "train")
-    assert Counter(s.option for s in samples).keys() == {"risors", "demo"}
+def test_the_demo_can_be_part_of_a_mixture_and_is_drawn_for_it(sets, monkeypatch, tmp_path):
+    few = {"train": 1, "val": 1, "test": 1}
+    monkeypatch.setattr(make_demo.make_demo, "__defaults__", (0, few))
+    shutil.copytree(sets[0] / "RISORS", tmp_path / "risors")
+    mixed = data.load_samples("risors,demo", tmp_path, "train")
+    assert [s.option for s in mixed[:4]] == ["risors"] * 4
+    alone = data.load_samples("demo", tmp_path, "train")  # found again beside the other
+    assert len(alone) > 0 and mixed[4:] == alone
 
 
 def test_grids_stay_in_boxes_of_the_same_set_though_its_files_are_called_alike(sets):
@@ -451,6 +511,13 @@ def test_a_weighted_epoch_is_shuffled_and_the_next_one_is_another():
     assert first != second and "small" in first[-10:] and "large" in first[:10]
 
 
+def test_each_pass_over_a_weighted_set_has_an_order_of_its_own():
+    order = order_of(40, data.share_draws("small:23,large:17", SOME))()
+    half = lambda epoch: {index for _, index, _ in keys_of(order, epoch) if SETS[index] == "large"}
+    assert half(0) | half(1) == half(2) | half(3) == set(range(6, 40))  # 17 of 34 at a time
+    assert half(0) != half(2) and half(0) != set(range(6, 23)) != half(2)
+
+
 def test_a_weighted_order_goes_on_from_a_cursor_and_is_the_same_in_every_process():
     shares = data.share_draws("small:2,large:1", SOME)
     one, again = order_of(40, shares)(), order_of(40, shares)()
@@ -473,12 +540,19 @@ def test_a_set_with_nothing_to_learn_from_is_named(sets, tmp_path):
     args.skip_bad, args.val_limit = False, 0
     with pytest.raises(InputError, match="--split train: all 2 masks of risbench are empty"):
         data.load_for_training(args, 0)
+    for path in (tmp_path / "sets/RIS_Bench/mask").iterdir():
+        path.write_bytes(b"")
+    args.skip_bad = True
+    with pytest.raises(InputError, match="--option risbench: no sound record in split 'train' .2 "):
+        data.load_for_training(args, 0)
 
 
 # ------------------------------------------------------------------------- commands
 
 
-def test_both_stages_train_on_a_mixture_of_all_layouts(sets, tmp_path, capsys):
+def test_both_stages_train_on_a_mixture_of_all_layouts(sets, tmp_path, capsys, monkeypatch):
+    orders, order = [], data.Order
+    monkeypatch.setattr(data, "Order", lambda *args: orders.append(order(*args)) or orders[-1])
     weighted = MIXTURE.replace("refsegrs", "refsegrs:3")
     common = f"--model_path {TINY} --data_root {sets[0]} --option {weighted} --log_dir {tmp_path}"
     short = "--max_step 1 --accumulate 1 --batch_size 6 --lora_rank 4 --no-merge"
@@ -488,7 +562,9 @@ def test_both_stages_train_on_a_mixture_of_all_layouts(sets, tmp_path, capsys):
     for stage in ("sft", "grpo"):
         (line,) = evaluation.read_rows(tmp_path / stage / "train.jsonl")
         assert line["grad_norm"] > 0 and line["skipped"] == 0
-    assert "left out: 1 refs whose mask is empty" in capsys.readouterr().out
+    for walk in orders:  # the 16 draws that samples are worth, shared out as 1 : 1 : 3 : 1 : 1
+        assert [draws for _, draws in walk.shares] == [2, 3, 6, 3, 2] and walk.count == 16
+    assert len(orders) == 2 and "left out: 1 refs whose mask is empty" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["earthreason", "refsegrs"])
@@ -516,6 +592,17 @@ def test_a_mask_that_is_drawn_anew_sets_old_answers_aside(sets, tmp_path, capsys
             Image.new("RGB", (WIDTH, HEIGHT), "red").save(content, "TIFF")
             path.write_bytes(content.getvalue())
             assert path.stat().st_size == stored
+
+
+def test_phrases_of_one_mask_share_its_image_and_other_masks_have_their_own(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "image.png")
+    samples = []
+    for width, name in ((8, "a.png"), (8, "a.png"), (9, "b.png")):
+        Image.new("L", (width, 6)).save(tmp_path / name)
+        record = (tmp_path / "image.png", ["a"], "object", "1", "test", tmp_path / name)
+        samples.append(data.make_sample(*record))
+    first, second, third = evaluation.open_images(samples)
+    assert first is second and first.size == (8, 6) and third.size == (9, 6)
 
 
 def test_eval_refuses_weights(capsys):
