@@ -1,13 +1,15 @@
 """Samples, prompts, answers and batches: everything between files on disk and tensors.
 
 A *sample* is one referring expression: an aerial image, one or more phrases that all mean the same
-object, and that object's mask. This file reads samples from disk in the REFER layout (RRSIS-D,
-RIS-LAD and any set of that shape), writes the prompt that a model gets, reads the answer that it
-gives, and pads prompts into batches. The demo set that every script uses by default (synthetic
-scenes, drawn by assets/make_demo.py) lies on disk in the same layout and takes the same path.
+object, and that object's mask. This file reads samples from disk in five layouts (REFER's, for
+RRSIS-D, RIS-LAD and any set of that shape; those of EarthReason, RefSegRS, RISBench and RISORS),
+writes the prompt that a model gets, reads the answer that it gives, and pads prompts into batches.
+The demo set that every script uses by default (synthetic scenes, drawn by assets/make_demo.py) lies
+on disk in REFER's layout and takes the same path.
 
     python data.py                                                # check the demo set
     python data.py --option RRSISD --data_root /path/to/RRSIS-D   # check a real one
+    python data.py --option RRSISD,earthreason --data_root /path/above/both
 
 A check prints counts per split and class, what is missing or of the wrong size, phrase lengths and
 object scales, and draws a contact sheet. The demo set is made on first use, in half a minute.
@@ -17,6 +19,7 @@ are bool (H, W). A suffix names the frame: `_px` is native pixels; `rescale` is 
 """
 
 import argparse
+import codecs
 import io
 import json
 import math
@@ -28,8 +31,9 @@ import reprlib
 import struct
 import warnings
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -333,17 +337,22 @@ LIST_THEM += "--skip_bad leaves them out"
 
 @dataclass
 class Sample:
-    """One referring expression. `size` is the mask's (H, W), to which the image is brought."""
+    """One referring expression. The image is brought to the size of its mask.
+
+    `segmentation` is COCO's (see decode_segmentation) and `size` the mask's (H, W); or it is the
+    Path of an image file, and `size` None: to open 50,000 files for it would take too long.
+    """
 
     image_path: Path
     phrases: list[str]
     class_name: str
-    ref_id: int | str
+    ref_id: int | str  # of no other sample in the same set and split
     split: str
     segmentation: object
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     weak: bool = False  # the phrase is only the class name (weakly labelled RRSIS-D)
-    reasons: list[str] = field(default_factory=list)  # what a data set says of its answers
+    reasons: list[str] = field(default_factory=list)  # texts that say why it is this object
+    option: str = ""  # the set that it is from
 
     @property
     def name(self):
@@ -353,13 +362,13 @@ class Sample:
     def mask(self):
         """bool (H, W), decoded at each use: 17,000 decoded masks would not fit in memory."""
         with naming(self.name, LIST_THEM):
-            return decode_segmentation(self.segmentation, *self.size)
+            return decode_mask(self.segmentation, self.size)
 
     def image(self):
         """RGB image of the mask's size. Some RRSIS-D images are off by a few pixels."""
         with naming(self.name, LIST_THEM):
             image = open_image(self.image_path)
-        height, width = self.size
+            height, width = self.size or mask_file_size(self.segmentation)
         return image if image.size == (width, height) else image.resize((width, height))
 
 
@@ -379,28 +388,125 @@ def _to_8_bits(image):
     return Image.fromarray(values.astype(np.uint8))
 
 
+@contextmanager
+def opening(path, kind="image"):
+    """An image file (FORMATS), not decoded yet. What goes wrong with it is one clear line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata; 89 to 179 million pixels
+            with Image.open(path, formats=FORMATS) as image:
+                yield image
+    except FileNotFoundError:
+        raise InputError(f"no {kind} at {path}: check --data_root or --image") from None
+    except Image.DecompressionBombError:  # before it is decoded; well below MOST_PIXELS
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise InputError(f"{kind} {path} has over {most:,} pixels: cut it into tiles") from None
+    except DECODING_ERRORS as error:
+        why = str(error) or type(error).__name__
+        raise InputError(
+            f"cannot decode {kind} {path} ({why}): fetch it again or save it as PNG"
+        ) from None
+
+
 def open_image(path, upright=False):
     """Image file (FORMATS) -> RGB PIL image; one clear line if it is missing or does not decode.
 
     16-bit and float images are stretched to 8 bits; an alpha channel is dropped. `upright` follows
     the EXIF orientation: right for a photo, wrong where a mask was drawn on the stored pixels.
     """
+    with opening(path) as image:
+        image = ImageOps.exif_transpose(image) if upright else image
+        return (_to_8_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
+
+
+def open_mask(path):
+    """Mask file (FORMATS, any mode) -> bool (H, W): the pixels whose first channel, or index into a
+    palette, is above 0. InputError as `opening` has it."""
+    with opening(path, "mask") as image:
+        image.load()  # NOTE: np.asarray would take some errors of decoding for an object's array
+        values = np.asarray(image)  # (H, W) or (H, W, channels)
+    check_sides(*values.shape[1::-1])
+    return (values[..., 0] if values.ndim == 3 else values) > 0
+
+
+def mask_file_size(path):
+    """(H, W) of a mask file, from its header alone."""
+    with opening(path, "mask") as image:
+        width, height = image.size
+    check_sides(width, height)
+    return height, width
+
+
+def decode_mask(segmentation, size):
+    """What a Sample has of its mask -> bool (H, W)."""
+    if isinstance(segmentation, Path):
+        return open_mask(segmentation)
+    return decode_segmentation(segmentation, *size)
+
+
+# ------------------------------------------------------------------------- records
+
+
+@contextmanager
+def noting(problems):
+    """What is wrong with a record ends the reading; with a list `problems`, it is noted there."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata; 89 to 179 million pixels
-            with Image.open(path, formats=FORMATS) as image:
-                image = ImageOps.exif_transpose(image) if upright else image
-                return (_to_8_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"no image at {path}: check --data_root or --image") from None
-    except Image.DecompressionBombError:
-        most = 2 * Image.MAX_IMAGE_PIXELS
-        raise InputError(f"image {path} has over {most:,} pixels: cut it into tiles") from None
-    except DECODING_ERRORS as error:
-        why = str(error) or type(error).__name__
+        yield
+    except InputError as error:
+        if problems is None:
+            raise InputError(f"{error}{LIST_THEM}") from None
+        problems.append(str(error))
+
+
+def _is_key(value):
+    return isinstance(value, (int, float, str))
+
+
+def class_text(name):
+    """The name of a class on one line; "" if it is not a name of up to 100 characters."""
+    text = plain_text(str(name)).replace("_", " ") if _is_key(name) else ""
+    return text if len(text) <= 100 else ""
+
+
+def size_of(segmentation, height=None, width=None):
+    """(H, W) that a COCO segmentation says; polygons have that of their image. InputError if it is
+    none that models read."""
+    first = segmentation[0] if isinstance(segmentation, list) and segmentation else segmentation
+    size = _size(first.get("size") if isinstance(first, dict) else [height, width])
+    if 0 in size:
+        raise InputError(f"a mask of size {size[1]} x {size[0]}, expected at least a pixel")
+    check_sides(size[1], size[0])
+    return size
+
+
+def make_sample(path, raw, name, ref_id, split, segmentation, size=None, reasons=()):
+    """A Sample with its texts cleaned: `raw` phrases, the `name` of the class, `reasons`.
+
+    InputError for an empty phrase, or one that is too long, and for an id unfit as a file's name.
+    """
+    # a number, or the stem of a file, which can hold whatever a file system lets through
+    if isinstance(ref_id, str) and not (ref_id.isprintable() and 0 < len(ref_id) <= 200):
         raise InputError(
-            f"cannot decode image {path} ({why}): fetch it again or save it as PNG"
-        ) from None
+            f"its id is {reprlib.repr(ref_id)}, expected 1 to 200 printable characters"
+        )
+    phrases, class_name = list(map(clean_phrase, raw)), class_text(name)
+    letters = lambda text: re.sub("[^a-z]", "", text.lower())
+    weak = any(letters(phrase) == letters(class_name) for phrase in phrases)
+    reasons = [text for text in map(plain_text, reasons) if text]
+    return Sample(
+        image_path=path,
+        phrases=phrases,
+        class_name=class_name,
+        ref_id=ref_id,
+        split=split,
+        segmentation=segmentation,
+        size=size,
+        weak=weak,
+        reasons=reasons,
+    )
+
+
+# ------------------------------------------------------------------------- the REFER layout
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -429,10 +535,6 @@ def read_refs(path):
     return refs
 
 
-def _is_key(value):
-    return isinstance(value, (int, float, str))
-
-
 def read_instances(path):
     """instances.json -> its annotations, images and categories, each as a dict from id to row.
 
@@ -451,140 +553,6 @@ def read_instances(path):
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         expected = "an object with the lists annotations, images and categories"
         raise InputError(f"{path} cannot be read: expected {expected} ({error})") from None
-
-
-ALIASES = {
-    "rrsis-d": ["rrsisd"],
-    "ris_lad": ["ris_lad", "res_lad"],
-    "ris-lad": ["ris_lad", "res_lad"],
-}
-
-
-def sets_under(root):
-    """Names of the REFER sets in the folder `root` and in the folders directly inside it."""
-    return {p.parent.name for depth in ("*", "*/*") for p in root.glob(f"{depth}/refs(unc).p")}
-
-
-def find_dataset(option, data_root):
-    """(ROOT, <ds>) of `--option`, where ROOT/<ds>/refs(unc).p exists; `data_root` may lie above."""
-    names = ALIASES.get(option.lower(), [option, option.lower()])
-    root = Path(data_root)
-    if not root.is_dir():
-        raise InputError(
-            f"--data_root {root} is not a folder (expected {names[0]}/refs(unc).p inside)"
-        )
-    folders = [root, *sorted(p for p in root.iterdir() if p.is_dir())]
-    for folder in folders:
-        for name in names:
-            if (folder / name / "refs(unc).p").is_file():
-                return folder, name
-    known = sorted(sets_under(root))
-    found = f"found there: {', '.join(known)}" if known else "no data set found there"
-    raise InputError(f"--option {option}: no {names[0]}/refs(unc).p under {root} ({found})")
-
-
-def load_samples(option, data_root, split=None, problems=None):
-    """All samples of `split` (None: of every split), in file order.
-
-    `option`: demo (made on first use), RRSISD, ris_lad, or the folder name of any REFER-layout set.
-    Raises InputError for a missing root, file, image or annotation and for an empty phrase; with a
-    list `problems`, a bad record is noted there and left out instead.
-    """
-    if option == "demo":
-        from assets.make_demo import make_demo
-
-        others = sets_under(Path(data_root)) - {"demo"}
-        if others:
-            raise InputError(f"{data_root} holds {', '.join(others)}: name the set with --option")
-        make_demo(data_root)
-    root, name = find_dataset(option, data_root)
-    refs = read_refs(root / name / "refs(unc).p")
-    tables = read_instances(root / name / "instances.json")
-    folder = root / "images" / name / "JPEGImages"
-    present = set(os.listdir(folder)) if folder.is_dir() else set()
-    samples, known = [], set()
-    for number, ref in enumerate(refs):
-        try:
-            with naming(f"record {number}"):
-                _check_ids(ref)  # also of another split: who knows which it belongs to?
-            if split in (None, ref["split"]):
-                sample = _sample(ref, *tables, folder, present)
-                if sample.ref_id in known:
-                    raise InputError(f"{sample.name}: its ref_id is used twice")
-                known.add(sample.ref_id)
-                samples.append(sample)
-        except InputError as error:
-            if problems is None:
-                raise InputError(f"{error}{LIST_THEM}") from None
-            problems.append(str(error))
-    if not samples and not problems:
-        splits = ", ".join(sorted({str(ref["split"]) for ref in refs})[:10])
-        raise InputError(f"{root / name} has no split {split!r} (found: {splits or 'no refs'})")
-    return samples
-
-
-def decoded(samples, problems):
-    """(sample, mask, stored (W, H) of its image) of each that decodes, a line in `problems` of each
-    that does not."""
-    sizes, rank = {}, dist.get_rank() if dist.is_initialized() else 0
-    for sample in tqdm(samples, desc="reading masks and images", disable=rank > 0):
-        try:
-            with naming(sample.name):
-                mask = decode_segmentation(sample.segmentation, *sample.size)
-                if sample.image_path not in sizes:
-                    sizes[sample.image_path] = open_image(sample.image_path).size
-        except InputError as error:
-            problems.append(str(error))
-        else:
-            yield sample, mask, sizes[sample.image_path]
-
-
-def load_sound(option, data_root, split, skip_bad):
-    """(samples, problems). With `skip_bad`, samples without the bad records and those whose mask or
-    image does not decode, and a line in problems for each; else load_samples, and none."""
-    if not skip_bad:
-        return load_samples(option, data_root, split), []
-    problems = []
-    samples = load_samples(option, data_root, split, problems)
-    sound = [sample for sample, _, _ in decoded(samples, problems)]
-    if not sound:
-        count = f"{len(problems)} bad ones, the first: {problems[0]}"
-        raise InputError(f"--option {option}: no sound record in split {split!r} ({count})")
-    return sound, problems
-
-
-def list_skipped(problems, samples, split):
-    """Print what load_sound left out of a split, and how many that is of how many."""
-    if problems:
-        of = f"{len(samples) + len(problems)} records of {split}"
-        print("\n".join([f"skipped {len(problems)} of {of}:", *problems]))
-
-
-def load_for_training(args, rank):
-    """(samples of args.split, those of val or [] with --val_limit 0). Only --prompts sam has an
-    answer for an empty mask: else those are left out of the first."""
-    if rank == 0 and args.option == "demo":  # drawn before the others look for it
-        load_samples(args.option, args.data_root)
-    if dist.is_initialized():
-        dist.barrier()
-
-    def load(split):
-        samples, problems = load_sound(args.option, args.data_root, split, args.skip_bad)
-        if rank == 0:
-            list_skipped(problems, samples, split)
-        return samples
-
-    samples = load(args.split)
-    trainable = samples
-    if args.prompts != "sam":
-        trainable = [sample for sample in samples if sample.mask.any()]
-    if not trainable:
-        empty = f"all {len(samples)} masks are empty"
-        raise InputError(f"--split {args.split}: {empty}, expected an object to learn from")
-    if rank == 0 and len(trainable) < len(samples):
-        print(f"left out: {len(samples) - len(trainable)} refs whose mask is empty")
-    with naming("validation", "; --val_limit 0 does without"):
-        return trainable, load("val") if args.val_limit else []
 
 
 def _check_ids(ref):
@@ -609,7 +577,7 @@ def _row(table, key, kind):
     return table[key]
 
 
-def _sample(ref, annotations, images, classes, folder, present):
+def _from_ref(ref, annotations, images, classes, folder, present):
     """Join a ref with its annotation, image and class, and check what can be checked cheaply."""
     with naming(f"ref {ref['ref_id']}"):
         annotation = _row(annotations, ref["ann_id"], "annotation")
@@ -623,34 +591,411 @@ def _sample(ref, annotations, images, classes, folder, present):
         # RRSIS-D spells it categories_id
         category = annotation.get("category_id", annotation.get("categories_id"))
         name = classes.get(category, {}).get("name", category) if _is_key(category) else None
-        class_name = plain_text(str(name)).replace("_", " ") if _is_key(name) else ""
-        if not 0 < len(class_name) <= 100:
+        if not class_text(name):
             raise InputError("its class has no name of up to 100 characters in instances.json")
         sentences = ref.get("sentences")
-        if not isinstance(sentences, list) or not 0 < len(sentences) <= 100:
-            raise InputError("its sentences are not a list of 1 to 100 dicts")
+        if not isinstance(sentences, list) or not 0 < len(sentences) <= MOST_PHRASES:
+            raise InputError(f"its sentences are not a list of 1 to {MOST_PHRASES} dicts")
         raw = [sentence.get("raw") for sentence in sentences if isinstance(sentence, dict)]
         if len(raw) < len(sentences) or not all(isinstance(phrase, str) for phrase in raw):
             raise InputError("a sentence has no text as raw, where its phrase is expected")
-        phrases = list(map(clean_phrase, raw))
         segmentation = annotation.get("segmentation")
-        first = segmentation[0] if isinstance(segmentation, list) and segmentation else segmentation
-        rle = isinstance(first, dict)
-        size = _size(first.get("size") if rle else [image.get("height"), image.get("width")])
-        if 0 in size:
-            raise InputError(f"a mask of size {size[1]} x {size[0]}, expected at least a pixel")
-        check_sides(size[1], size[0])
-    letters = lambda text: re.sub("[^a-z]", "", text.lower())
-    return Sample(
-        image_path=folder / file_name,
-        phrases=phrases,
-        class_name=class_name,
-        ref_id=ref["ref_id"],
-        split=ref["split"],
-        segmentation=segmentation,
-        size=size,
-        weak=any(letters(phrase) == letters(class_name) for phrase in phrases),
-    )
+        size = size_of(segmentation, image.get("height"), image.get("width"))
+        path = folder / file_name
+        return make_sample(path, raw, name, ref["ref_id"], ref["split"], segmentation, size)
+
+
+def read_refer(root, name, split, problems):
+    """(samples of one split or, with None, of all; the names of all splits) of ROOT/<name>."""
+    refs = read_refs(root / name / "refs(unc).p")
+    tables = read_instances(root / name / "instances.json")
+    folder = root / "images" / name / "JPEGImages"
+    present = set(os.listdir(folder)) if folder.is_dir() else set()
+    samples, splits = [], set()
+    for number, ref in enumerate(refs):
+        with noting(problems):
+            with naming(f"record {number}"):
+                _check_ids(ref)  # also of another split: who knows which it belongs to?
+            splits.add(str(ref["split"]))
+            if split in (None, ref["split"]):
+                samples.append(_from_ref(ref, *tables, folder, present))
+    return samples, splits
+
+
+# ------------------------------------------------------------------------- other layouts
+# Names are looked up in the listing of a folder: it costs one call, where 50,000 would be slow on a
+# network disk, and what lies outside of the folder is not in it.
+
+IMAGE_SUFFIX = re.compile(r"\.(bmp|gif|jp2|jpe?g|png|p[bgp]m|tiff?|webp)$", re.IGNORECASE)
+JSON_SUFFIX = re.compile(r"\.json$", re.IGNORECASE)
+
+
+def files_in(folder, suffix=IMAGE_SUFFIX):
+    """{name with suffix, and without: path} of the files of a kind in `folder`."""
+    listed = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []
+    names = [n for n in listed if suffix.search(n) and n[0] != "."]  # ._1.json: macOS's notes
+    return {cut: folder / n for n in names for cut in (suffix.sub("", n), n)}
+
+
+def find_file(files, name, kind, folder):
+    """Path of the file `name`, whose suffix may be another or none; InputError if there is none."""
+    path = files.get(name) or files.get(IMAGE_SUFFIX.sub("", name))
+    if path is None:
+        raise InputError(f"{kind} {reprlib.repr(name)} is missing in {folder}")
+    return path
+
+
+def read_lines(path):
+    """[(number, bytes)] of the lines of a text file that are not blank."""
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def utf_8(line):
+    """bytes -> str; line by line, so that one in another encoding spoils itself alone."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{error.reason} at byte {error.start}, expected UTF-8") from None
+
+
+def read_object(path):
+    """The dict that a JSON file holds."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path.name!r} cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path.name!r} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def texts_of(value, what):
+    """A text, or a list of at most MOST_PHRASES, as a list; what is absent is []."""
+    texts = value if isinstance(value, list) else [] if value is None else [value]
+    if len(texts) > MOST_PHRASES or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"its {what} are not a list of up to {MOST_PHRASES} texts")
+    if (longest := max(map(len, texts), default=0)) > MOST_CHARS:
+        raise InputError(f"{what} of {longest} characters, expected {MOST_CHARS} at most")
+    return texts
+
+
+def read_earthreason(folder, split, problems):
+    """<split>/QAs/<id>.json asks questions about one mask, and gives reasons for it (`answer`)."""
+    folder, samples = folder / split, []
+    images, labels = files_in(folder / "images"), files_in(folder / "labels")
+    asked = sorted(set(files_in(folder / "QAs", JSON_SUFFIX).values()))
+    for path in asked:
+        with noting(problems), naming(f"{path.name!r} of {split}/QAs"):
+            ref_id, content = path.name[: -len(".json")], read_object(path)
+            questions = texts_of(content.get("questions"), "questions")
+            if not questions:
+                raise InputError("it has no questions, expected a list of texts")
+            reasons = texts_of(content.get("answers") or content.get("answer"), "answers")
+            named = [content.get(key) for key in ("class_name", "class", "category")]
+            name = next(filter(class_text, named), "object")
+            image = find_file(images, ref_id, "image", folder / "images")
+            mask = find_file(labels, ref_id, "mask", folder / "labels")
+            sample = make_sample(image, questions, name, ref_id, split, mask, reasons=reasons)
+            samples.append(sample)
+    return samples
+
+
+def read_phrases(folder, split, problems, images, masks):
+    """A line of output_phrase_<split>.txt is the name of an image and a phrase; `images`, `masks`:
+    the folders where they lie.
+
+    An image may have several lines, so ref_id is <name>_<number of the line>: no other line has it,
+    it does not depend on what else is read, and says where to look.
+    """
+    path, samples = folder / f"output_phrase_{split}.txt", []
+    images, masks = folder / images, folder / masks
+    image_files, mask_files = files_in(images), files_in(masks)
+    for number, line in read_lines(path):
+        with noting(problems), naming(f"line {number} of {path.name}"):
+            name, phrase = [*utf_8(line).split(None, 1), "", ""][:2]
+            image = find_file(image_files, name, "image", images)
+            mask = find_file(mask_files, name, "mask", masks)
+            ref_id = f"{image.stem}_{number}"
+            samples.append(make_sample(image, [phrase], "object", ref_id, split, mask))
+    return samples
+
+
+def _annotations(path):
+    """The list of an image's annotations."""
+    annotations = read_object(path).get("annotations")
+    if not isinstance(annotations, list):
+        raise InputError(f"{path.name!r} has no list annotations")
+    return annotations
+
+
+def read_risors(folder, split, problems):
+    """A line of RISORS_<split>.txt is the name of an image; Annotations/<name>.json has its objects
+    (and some of area 0, which are none). ref_id is <name>_<place in that list>."""
+    path, samples = folder / f"RISORS_{split}.txt", []
+    images, tables = folder / "JPEGImages", folder / "Annotations"
+    image_files, table_files = files_in(images), files_in(tables, JSON_SUFFIX)
+    for number, line in read_lines(path):
+        annotations = []
+        with noting(problems), naming(f"line {number} of {path.name}"):
+            name = utf_8(line).strip()
+            image = find_file(image_files, name, "image", images)
+            table = find_file(table_files, name, "annotation", tables)
+            annotations = _annotations(table)
+        for place, annotation in enumerate(annotations):
+            with noting(problems), naming(f"annotation {place} of {table.name!r}"):
+                if not isinstance(annotation, dict):
+                    raise InputError(f"a {type(annotation).__name__}, expected an object")
+                if annotation.get("area") == 0:
+                    continue
+                raw = texts_of(annotation.get("description"), "description") or [""]
+                kind = annotation.get("name") if class_text(annotation.get("name")) else "object"
+                segmentation, ref_id = annotation.get("segmentation"), f"{image.stem}_{place}"
+                size = size_of(segmentation)
+                samples.append(make_sample(image, raw, kind, ref_id, split, segmentation, size))
+    return samples
+
+
+SPLITS = ("train", "val", "test")
+
+
+class Layout(NamedTuple):
+    """How a set lies on disk, by which it is known, and what reads it."""
+
+    split: str  # what every split has, with {} for its name
+    folders: tuple  # what lies beside
+    read: object  # (folder, split, problems) -> samples
+
+    def splits(self, folder):
+        """The splits that are there; none if `folder` is of another layout."""
+        here = all((folder / name).is_dir() for name in self.folders)
+        return [s for s in SPLITS if here and (folder / self.split.format(s)).exists()]
+
+    def __str__(self):
+        return ", ".join([*self.folders, self.split.format("{train,val,test}")])
+
+
+LAYOUTS = {
+    "earthreason": Layout("{}/QAs", (), read_earthreason),
+    "refsegrs": Layout(
+        "output_phrase_{}.txt",
+        ("images", "masks"),
+        partial(read_phrases, images="images", masks="masks"),
+    ),
+    "risbench": Layout(
+        "output_phrase_{}.txt",
+        ("img_rgb", "mask"),
+        partial(read_phrases, images="img_rgb", masks="mask"),
+    ),
+    "risors": Layout("RISORS_{}.txt", ("JPEGImages", "Annotations"), read_risors),
+}
+
+
+# ------------------------------------------------------------------------- finding and loading sets
+
+ALIASES = {"rrsisd": ["rrsisd"], "rislad": ["ris_lad", "res_lad"]}  # REFER's folders
+
+
+def _plain(name):
+    """RIS-LAD, ris_lad and rislad are one name."""
+    return re.sub("[-_]", "", name.lower())
+
+
+def _name(folder):
+    """Also of `.`; a link keeps its own."""
+    return os.path.basename(os.path.abspath(folder))
+
+
+def _folders(root):
+    """`root` and the folders in it."""
+    return [root, *sorted(p for p in root.iterdir() if p.is_dir())] if root.is_dir() else []
+
+
+def sets_under(root):
+    """Names of the sets in the folder `root` and, in REFER's layout, in the folders inside it."""
+    refer = {p.parent.name for depth in ("*", "*/*") for p in root.glob(f"{depth}/refs(unc).p")}
+    fits = lambda folder: any(layout.splits(folder) for layout in LAYOUTS.values())
+    return refer | {_name(folder) for folder in _folders(root) if fits(folder)}
+
+
+def find_layout(option, data_root):
+    """(folder, its Layout) of `--option`, or None if it is not of LAYOUTS.
+
+    The folder is `data_root`, or one in it with the option's name. A set of one's own is known by
+    its name and read by the layout that it has.
+    """
+    root, known = Path(data_root), LAYOUTS.get(_plain(option))
+    if known and known.splits(root):
+        return root, known
+    for folder in _folders(root):
+        if _plain(_name(folder)) == _plain(option):
+            for layout in LAYOUTS.values():
+                if layout.splits(folder):
+                    return folder, layout
+    return None
+
+
+def find_dataset(option, data_root):
+    """(ROOT, <ds>) of `--option`, where ROOT/<ds>/refs(unc).p exists; `data_root` may lie above."""
+    names = [*ALIASES.get(_plain(option), []), option, option.lower()]
+    expected, root = f"{names[0]}/refs(unc).p", Path(data_root)
+    if _plain(option) in LAYOUTS:
+        expected = f"{LAYOUTS[_plain(option)]}, or folder {option} with them,"
+    if not root.is_dir():
+        raise InputError(f"--data_root {root} is not a folder (expected {expected} inside)")
+    for folder in _folders(root):
+        for name in names:
+            if (folder / name / "refs(unc).p").is_file():
+                return folder, name
+    known = sorted(sets_under(root))
+    found = f"found there: {', '.join(known)}" if known else "no data set found there"
+    raise InputError(f"--option {option}: no {expected} under {root} ({found})")
+
+
+def parse_option(option):
+    """`--option` name[:weight][,…] -> [(name, weight, or None where there is none)]."""
+    sets = []
+    for part in option.split(","):
+        name, colon, number = part.strip().partition(":")
+        try:
+            weight = float(number) if colon else None
+        except ValueError:
+            weight = math.nan
+        if not name or not (weight is None or 0 < weight < math.inf):
+            expected = "the name of a set, or name:weight with a number above 0"
+            raise InputError(f"--option {option}: {part!r}, expected {expected}")
+        sets.append((name, weight))
+    if len({_plain(name) for name, _ in sets}) < len(sets):
+        raise InputError(f"--option {option} names a set twice, expected each once")
+    return sets
+
+
+def read_set(option, data_root, split, problems):
+    """Samples of one set, see load_samples."""
+    found = find_layout(option, data_root)
+    if found:
+        folder, layout = found
+        splits = set(layout.splits(folder))
+        wanted = [name for name in SPLITS if name in splits and split in (None, name)]
+        samples = [s for name in wanted for s in layout.read(folder, name, problems)]
+    else:
+        root, name = find_dataset(option, data_root)
+        folder = root / name
+        samples, splits = read_refer(root, name, split, problems)
+    if not samples and not problems:
+        others = ", ".join(sorted(splits - {split})[:10])
+        raise InputError(f"{folder} has no split {split!r} (found: {others or 'no refs'})")
+    unique = {}
+    for sample in samples:
+        with noting(problems):
+            if (sample.split, sample.ref_id) in unique:
+                raise InputError(f"{sample.name}: its ref_id is used twice")
+            sample.option = option
+            unique[sample.split, sample.ref_id] = sample
+    return list(unique.values())
+
+
+def draw_demos(names, data_root):
+    """Make the demo sets among the named ones where they are missing; `demo`, the default, not
+    beside another set unless that is named too."""
+    from assets.make_demo import make_demo, make_demo_reason
+
+    if "demo" in names:
+        others = sets_under(Path(data_root))
+        if others and "demo" not in others and len(names) == 1:
+            listed = ", ".join(sorted(others))
+            raise InputError(f"{data_root} holds {listed}: name the set with --option")
+        make_demo(data_root)
+    if "demo_reason" in names:
+        make_demo_reason(data_root)
+
+
+def load_samples(option, data_root, split=None, problems=None):
+    """All samples of `split` (None: of every split), in the order of sets and files.
+
+    `option`: demo, demo_reason (made on first use), RRSISD, ris_lad, a name in LAYOUTS, or the name of the
+    folder of any set in one of these layouts; several with commas between, under one `data_root`
+    (weights behind a colon mean nothing here). Raises InputError for a missing root, file, image or
+    annotation and for an empty phrase; with a list `problems`, a bad record is noted there and left
+    out instead.
+    """
+    names, samples = [name for name, _ in parse_option(option)], []
+    draw_demos(names, data_root)
+    mixed = len(names) > 1
+    for name in names:
+        bad = None if problems is None else []
+        with naming(name) if mixed else nullcontext():
+            samples += read_set(name, data_root, split, bad)
+        if bad:
+            problems += [f"{name}: {line}" if mixed else line for line in bad]
+    return samples
+
+
+def decoded(samples, problems):
+    """(sample, mask, stored (W, H) of its image) of each that decodes, a line in `problems` of each
+    that does not."""
+    sizes, rank = {}, dist.get_rank() if dist.is_initialized() else 0
+    for sample in tqdm(samples, desc="reading masks and images", disable=rank > 0):
+        try:
+            with naming(sample.name):
+                mask = decode_mask(sample.segmentation, sample.size)
+                if sample.image_path not in sizes:
+                    sizes[sample.image_path] = open_image(sample.image_path).size
+        except InputError as error:
+            problems.append(str(error))
+        else:
+            yield sample, mask, sizes[sample.image_path]
+
+
+def load_sound(option, data_root, split, skip_bad):
+    """(samples, problems). With `skip_bad`, samples without the bad records and those whose mask or
+    image does not decode, and a line in problems for each; else load_samples, and none."""
+    if not skip_bad:
+        return load_samples(option, data_root, split), []
+    problems = []
+    samples = load_samples(option, data_root, split, problems)
+    sound = [sample for sample, _, _ in decoded(samples, problems)]
+    for name, _ in parse_option(option):
+        if not any(sample.option == name for sample in sound):
+            count = f"{len(problems)} bad ones, the first: {problems[0]}"
+            raise InputError(f"--option {name}: no sound record in split {split!r} ({count})")
+    return sound, problems
+
+
+def list_skipped(problems, samples, split):
+    """Print what load_sound left out of a split, and how many that is of how many."""
+    if problems:
+        of = f"{len(samples) + len(problems)} records of {split}"
+        print("\n".join([f"skipped {len(problems)} of {of}:", *problems]))
+
+
+def load_for_training(args, rank):
+    """(samples of args.split, those of val or [] with --val_limit 0). Only --prompts sam has an
+    answer for an empty mask: else those are left out of the first."""
+    names = [name for name, _ in parse_option(args.option)]
+    if rank == 0:  # before the others look for it
+        draw_demos(names, args.data_root)
+    if dist.is_initialized():
+        dist.barrier()
+
+    def load(split):
+        samples, problems = load_sound(args.option, args.data_root, split, args.skip_bad)
+        if rank == 0:
+            list_skipped(problems, samples, split)
+        return samples
+
+    samples = load(args.split)
+    trainable = samples
+    if args.prompts != "sam":
+        trainable = [sample for sample in samples if sample.mask.any()]
+    for name in names:
+        if not any(sample.option == name for sample in trainable):
+            empty = f"all {sum(s.option == name for s in samples)} masks of {name} are empty"
+            raise InputError(f"--split {args.split}: {empty}, expected an object to learn from")
+    if rank == 0 and len(trainable) < len(samples):
+        print(f"left out: {len(samples) - len(trainable)} refs whose mask is empty")
+    with naming("validation", "; --val_limit 0 does without"):
+        return trainable, load("val") if args.val_limit else []
 
 
 # ------------------------------------------------------------------------- prompts
@@ -674,6 +1019,7 @@ NO_THINK = "Answer between <answer> and </answer>, without any reasoning."
 
 PROMPTS_HELP = "points: a box, then the labels of a grid in it; sam: all instances at once, think"
 MOST_CHARS = 2000  # of a phrase: some 500 tokens
+MOST_PHRASES = 100  # of a sample
 CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], " ")  # Unicode's category Cc
 
 
@@ -1003,7 +1349,7 @@ class Question(NamedTuple):
 
 
 class Questions(Dataset):
-    """(epoch, index, task) -> Question, what both stages of training ask.
+    """(pass, index, task) -> Question, what both stages of training ask.
 
     task: "box", or "point" for the labels of a grid in the true box, jittered, or in any object's
     (share `miss_ratio`); with --prompts sam, one question takes the place of both. A share
@@ -1019,9 +1365,9 @@ class Questions(Dataset):
             self.in_image[sample.image_path].append(sample)
 
     def __getitem__(self, key):
-        epoch, index, task = key
+        passes, index, task = key
         args, sample = self.args, self.samples[index]
-        rng = np.random.default_rng([args.seed, epoch, index])
+        rng = np.random.default_rng([args.seed, passes, index])
         image, mask = sample.image(), sample.mask
         width, height = image.size
         frame = self.frame_of(width, height)
@@ -1048,24 +1394,67 @@ class Questions(Dataset):
         return Question(image, prompt, answer, "point", mask, frame, box, points)
 
 
+def share_draws(option, samples):
+    """How an epoch is shared out among the sets of a weighted `--option`; None without weights.
+
+    -> [(indices of a set's samples, how many of them are drawn)]. In all there are as many draws as
+    samples. InputError if a set would get none.
+    """
+    sets = parse_option(option)
+    if all(weight is None for _, weight in sets):
+        return None
+    weights = np.cumsum([1.0 if weight is None else weight for _, weight in sets])
+    ends = np.rint(weights / weights[-1] * len(samples)).astype(int)
+    shares = []
+    for (name, _), draws in zip(sets, np.diff(ends, prepend=0)):
+        if not draws:
+            raise InputError(
+                f"--option {option}: {name} has none of {len(samples)} draws, expected a weight "
+                "that gives it some"
+            )
+        shares.append((np.flatnonzero([s.option == name for s in samples]), draws))
+    return shares
+
+
 class Order:
     """Endless keys of Questions: this process's next micro-batch, epoch after epoch.
 
     All processes walk the same shuffled epochs and take neighbouring slices of each global batch;
     an epoch's tail is filled from its own start. `epoch` and `cursor` say where the walk stands,
-    and set_epoch takes it anywhere. args: seed, batch_size, point_ratio.
+    and set_epoch takes it anywhere. args: seed, batch_size, point_ratio. shares: see share_draws.
     """
 
-    def __init__(self, count, args, rank, world):
+    def __init__(self, count, args, rank, world, shares=None):
         self.count, self.args, self.rank, self.world = count, args, rank, world
+        self.shares = shares
         self.set_epoch(0)
+
+    def _drawn(self, epoch):
+        """What an epoch asks, before it is shuffled: (passes before this one, index) (count, 2).
+
+        With weights each set is walked on where the last epoch left it, pass after pass, each in an
+        order of its own: whatever a set's share, its samples come equally often, and a sample that
+        comes twice in an epoch is asked another question.
+        """
+        if self.shares is None:
+            return np.stack([np.full(self.count, epoch), np.arange(self.count)], axis=1)
+        parts = []
+        for number, (indices, draws) in enumerate(self.shares):
+            passes, places = np.divmod(np.arange(epoch * draws, (epoch + 1) * draws), len(indices))
+            for i in np.unique(passes):
+                # the 1 keeps it apart from the generators of epochs and of questions
+                rng = np.random.default_rng([self.args.seed, number, i, 1])
+                mine = rng.permutation(indices)[places[passes == i]]
+                parts.append(np.stack([np.full(len(mine), i), mine], axis=1))
+        return np.concatenate(parts)
 
     def set_epoch(self, epoch, cursor=0):
         self.epoch, self.cursor = epoch, cursor
         rng = np.random.default_rng([self.args.seed, epoch])
         size = self.args.batch_size * self.world
         order = np.resize(rng.permutation(self.count), math.ceil(self.count / size) * size)
-        self.batches = order.reshape(-1, self.world, self.args.batch_size)
+        drawn = self._drawn(epoch)[order]
+        self.batches = drawn.reshape(-1, self.world, self.args.batch_size, 2)
         # one task per batch: point prompts are several times as long, and padding would cost it
         self.points = rng.random(len(self.batches)) < self.args.point_ratio
 
@@ -1078,7 +1467,7 @@ class Order:
         task = "point" if self.points[self.cursor] else "box"
         mine = self.batches[self.cursor][self.rank].tolist()
         self.cursor += 1
-        return [(self.epoch, index, task) for index in mine]
+        return [(passes, index, task) for passes, index in mine]
 
 
 # ------------------------------------------------------------------------- batches
@@ -1150,7 +1539,7 @@ def collate_images(processor, images):
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Check a data set and draw a contact sheet.")
     add = parser.add_argument
-    add("--option", default="demo", help="demo, RRSISD, ris_lad or any REFER-layout set")
+    add("--option", default="demo", help="set: demo, RRSISD, refsegrs ...; several: a,b or a:2,b")
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--log_dir", default="runs", help="the contact sheet goes to <log_dir>/<version_name>")
     add("--version_name", default="data", help="name of this run")
@@ -1178,7 +1567,7 @@ def main(args):
     problems, off, empty, scales, sound = [], [], 0, [], []
     samples = load_samples(args.option, args.data_root, problems=problems)
     for sample, mask, size in decoded(samples, problems):
-        box, (height, width) = mask_to_box(mask), sample.size
+        box, (height, width) = mask_to_box(mask), mask.shape
         sound.append(sample)
         if size != (width, height):
             off.append(sample.image_path.name)
@@ -1189,6 +1578,7 @@ def main(args):
     for problem in problems:
         print(f"  {problem}")
     for title, counts in {
+        "set": Counter(s.option for s in samples),
         "split": Counter(str(s.split) for s in samples),
         "class": Counter(s.class_name for s in samples),
         "object scale (small < 1 %, large > 5 % of the image)": Counter(scales),
@@ -1197,7 +1587,8 @@ def main(args):
     }.items():
         print(f"{title}: " + ", ".join(f"{key} {count}" for key, count in sorted(counts.items())))
     print(
-        f"weak phrases (the class name alone): {sum(s.weak for s in samples)}; empty masks: {empty}"
+        f"weak phrases (the class name alone): {sum(s.weak for s in samples)}; "
+        f"refs with reasons: {sum(bool(s.reasons) for s in samples)}; empty masks: {empty}"
     )
     print(
         "images whose size is not the mask's (they are resized): "

@@ -58,7 +58,7 @@ def get_args(argv=None):
     bare = {"type": flag, "nargs": "?", "const": True, "default": False}
     # what to evaluate
     add("--eval_model_path", help="model folder or hub name (default: runs/grpo, runs/sft or base)")
-    add("--option", default="demo", help="demo, RRSISD, ris_lad or any REFER set in --data_root")
+    add("--option", default="demo", help="a set: demo, RRSISD, earthreason ... (README: Data)")
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--split", default="test", help="split to evaluate")
     add("--skip_bad", action=on_off, default=False, help="leave bad records out, and list them")
@@ -107,6 +107,8 @@ def get_args(argv=None):
             parser.error(
                 "--prompts sam: --oracle points has the true points, --points none has none"
             )
+    if ":" in args.option:
+        parser.error(f"--option {args.option}: weights are for training, give names alone")
     if args.paper:
         args.k_min, args.multimask = 1, True
     return args
@@ -192,9 +194,10 @@ def place_points(box_px, width, height, args, rng):
 
 def open_images(samples):
     """Their images; samples of one image get one object, by which `look` knows it."""
-    first = {(sample.image_path, sample.size): sample for sample in samples}
-    images = {key: sample.image() for key, sample in first.items()}
-    return [images[sample.image_path, sample.size] for sample in samples]
+    # brought to the size of the mask, which a mask file knows
+    keys = [(sample.image_path, sample.size or sample.segmentation) for sample in samples]
+    images = {key: sample.image() for key, sample in dict(zip(keys, samples)).items()}
+    return [images[key] for key in keys]
 
 
 class Views(NamedTuple):
@@ -470,8 +473,15 @@ def fingerprint(path):
 
 
 def digest(samples):
-    """Changes when the samples do: phrases, masks, the names of the images."""
-    truth = lambda s: (s.ref_id, s.phrases, s.class_name, s.segmentation, s.size)
+    """Changes when the samples do: phrases, reasons, masks (those in files by their names and
+    sizes in bytes), the names of the images. Where they lie does not matter."""
+
+    def mask(segmentation):
+        if isinstance(segmentation, Path):
+            return segmentation.name, segmentation.stat().st_size
+        return segmentation
+
+    truth = lambda s: (s.ref_id, s.phrases, s.class_name, mask(s.segmentation), s.size, *s.reasons)
     return zlib.crc32(repr([(truth(s), s.image_path.name) for s in samples]).encode())
 
 
@@ -660,6 +670,9 @@ def evaluate_set(args, folder, path, model, processor, segmenter, rank, world):
         data.list_skipped(bad, samples, args.split)
         weights = [fingerprint(path), fingerprint(args.sam_ckpt)]
         files = [(str(s.image_path.resolve()), s.image_path.stat().st_size) for s in samples]
+        # a mask without compression has as many bytes after a change
+        masks = [s.segmentation for s in samples if isinstance(s.segmentation, Path)]
+        files += [(str(path.resolve()), path.stat().st_mtime_ns) for path in masks]
         files = zlib.crc32(repr(files).encode())
         state = {**protocol, "weights": weights, "refs": digest(samples), "files": files}
         state |= {key: getattr(args, key) for key in ("seed", "max_new_tokens")}

@@ -83,7 +83,7 @@ def get_args(argv=None):
     on_off = argparse.BooleanOptionalAction
     # model and data
     add("--model_path", help="folder or hub name to start from (default <log_dir>/sft)")
-    add("--option", default="demo", help="demo, RRSISD, ris_lad or any REFER set in --data_root")
+    add("--option", default="demo", help="set: demo, RRSISD, refsegrs ...; several: a,b or a:2,b")
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--split", default="train", help="split to train on")
     # prompts and rollouts
@@ -463,7 +463,8 @@ def main(args):
     skipped, in_a_row = saved["skipped"] if saved else (0, 0)
     frame_of = lambda width, height: sampler.answer_frame(model, processor, width, height)
     questions = data.Questions(trainable, frame_of, args)
-    order = data.Order(len(trainable), args, rank, world)
+    shares = data.share_draws(args.option, trainable)
+    order = data.Order(len(trainable), args, rank, world, shares)
     order.set_epoch(*divmod(done * args.accumulate, len(order.batches)))
     log = sft.open_log(folder, args, done) if rank == 0 else None
     board = open_board(folder, done) if rank == 0 else None

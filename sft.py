@@ -75,7 +75,7 @@ def get_args(argv=None):
 
     # model and data
     add("--model_path", default=str(sampler.TINY_VLM), help="Hugging Face folder or hub name")
-    add("--option", default="demo", help="demo, RRSISD, ris_lad or any REFER set in --data_root")
+    add("--option", default="demo", help="set: demo, RRSISD, refsegrs ...; several: a,b or a:2,b")
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--split", default="train", help="split to train on")
     # tasks
@@ -499,7 +499,8 @@ def main(args):
     done = saved["step"] if saved else 0
     skipped, in_a_row = saved["skipped"] if saved else (0, 0)
     frame_of = lambda width, height: sampler.answer_frame(model, processor, width, height)
-    order = data.Order(len(trainable), args, rank, world)
+    shares = data.share_draws(args.option, trainable)
+    order = data.Order(len(trainable), args, rank, world, shares)
     order.set_epoch(*divmod(done * args.accumulate, len(order.batches)))
     loader = DataLoader(
         data.Questions(trainable, frame_of, args),

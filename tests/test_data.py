@@ -306,7 +306,7 @@ def test_a_split_of_bad_records_is_one_line_that_names_the_first(tmp_path):
 
 def test_a_split_of_empty_masks_is_one_line(tmp_path):
     refer_set(tmp_path, segmentation=[data.encode_rle(np.zeros((8, 10), bool))])
-    with pytest.raises(InputError, match="all 1 masks are empty"):
+    with pytest.raises(InputError, match="all 1 masks of tiny are empty"):
         training(tmp_path)
 
 
