@@ -913,9 +913,9 @@ def draw_demos(names, data_root):
 def load_samples(option, data_root, split=None, problems=None):
     """All samples of `split` (None: of every split), in the order of sets and files.
 
-    `option`: demo, demo_reason (made on first use), RRSISD, ris_lad, a name in LAYOUTS, or the name of the
-    folder of any set in one of these layouts; several with commas between, under one `data_root`
-    (weights behind a colon mean nothing here). Raises InputError for a missing root, file, image or
+    `option`: demo, demo_reason (made on first use), RRSISD, ris_lad, a name in LAYOUTS, or the name
+    of the folder of any set in one of these layouts; several with commas between, under one
+    `data_root` (weights behind a colon mean nothing here). Raises InputError for a missing root, file, image or
     annotation and for an empty phrase; with a list `problems`, a bad record is noted there and left
     out instead.
     """
@@ -1572,7 +1572,8 @@ def main(args):
         if size != (width, height):
             off.append(sample.image_path.name)
         empty += not box.any()
-        scales.append(size_word(box_scale(box, width, height)))
+        if box.any():
+            scales.append(size_word(box_scale(box, width, height)))
     images = {sample.image_path for sample in samples}
     print(f"{len(samples)} refs on {len(images)} images, {len(problems)} bad records")
     for problem in problems:
