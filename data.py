@@ -915,9 +915,9 @@ def load_samples(option, data_root, split=None, problems=None):
 
     `option`: demo, demo_reason (made on first use), RRSISD, ris_lad, a name in LAYOUTS, or the name
     of the folder of any set in one of these layouts; several with commas between, under one
-    `data_root` (weights behind a colon mean nothing here). Raises InputError for a missing root, file, image or
-    annotation and for an empty phrase; with a list `problems`, a bad record is noted there and left
-    out instead.
+    `data_root` (weights behind a colon mean nothing here). Raises InputError for a missing root,
+    file, image or annotation and for an empty phrase; with a list `problems`, a bad record is noted
+    there and left out instead.
     """
     names, samples = [name for name, _ in parse_option(option)], []
     draw_demos(names, data_root)
