@@ -802,7 +802,7 @@ def _plain(name):
 
 
 def _name(folder):
-    """Also of `.`; a link keeps its own."""
+    """Also that of `.`; a link is called by its own."""
     return os.path.basename(os.path.abspath(folder))
 
 
