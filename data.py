@@ -901,7 +901,7 @@ def draw_demos(names, data_root):
     from assets.make_demo import make_demo, make_demo_reason
 
     if "demo" in names:
-        others = sets_under(Path(data_root))
+        others = sets_under(Path(data_root)) - {"demo_reason"}
         if others and "demo" not in others and len(names) == 1:
             listed = ", ".join(sorted(others))
             raise InputError(f"{data_root} holds {listed}: name the set with --option")

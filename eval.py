@@ -744,7 +744,7 @@ def main(args):
         return segment_one(image, args, model, processor, segmenter, folder)
 
     # 2. Each set; several have a folder each.
-    options, sets = args.option.split(","), {}
+    options, sets = [name for name, _ in data.parse_option(args.option)], {}
     for option in options:
         one = argparse.Namespace(**{**vars(args), "option": option})
         into = folder / option if len(options) > 1 else folder
