@@ -281,6 +281,7 @@ def test_bad_records_are_left_out_only_on_request_and_every_one_is_listed(tmp_pa
 
 def training(root, **change):
     usual = dict(option="tiny", data_root=root, split="test", val_limit=0, skip_bad=True)
+    usual["prompts"] = "points"
     return data.load_for_training(Namespace(**{**usual, **change}), rank=0)
 
 

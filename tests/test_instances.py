@@ -297,6 +297,30 @@ def reason_set(tmp_path_factory):
     return root
 
 
+def test_only_instances_can_be_asked_for_what_is_not_there(reason_set):
+    args = SimpleNamespace(option="demo_reason", data_root=reason_set, split="train", val_limit=0)
+    args.skip_bad, args.prompts = False, "sam"
+    everything, _ = data.load_for_training(args, 0)
+    args.prompts = "points"
+    there, _ = data.load_for_training(args, 0)
+    assert len(everything) == 12 and there == [s for s in everything if s.mask.any()] != everything
+
+
+def test_training_shows_the_data_sets_own_reasoning(reason_set):
+    samples = data.load_samples("demo_reason", reason_set, "train")
+    args = SimpleNamespace(prompts="sam", seed=0, think_ratio=0, miss_ratio=0, jitter=0)
+    questions = data.Questions(samples, lambda w, h: (1000, 1000), args)
+    for index, sample in enumerate(samples):
+        question = questions[0, index, "box"]
+        assert question.answer.startswith(f"<think>{sample.reasons[0]}</think>")
+        assert question.prompt.splitlines()[0][8:] in sample.phrases
+        truth, found = data.true_instances(sample.mask), data.parse_instances(question.answer)
+        assert len(truth) == len(found) == int(sample.reasons[0][-2])
+        for (box, points), instance in zip(truth, found):
+            near = lambda a, b: np.abs(np.array(a) - np.multiply(b, 0.128)).max() < 0.1
+            assert near(box, instance.box) and near(points, instance.points)
+
+
 def test_both_stages_and_the_evaluation_run_on_it(reason_set, run, tmp_path):
     common = f"--data_root {reason_set} --option demo_reason --prompts sam"
     short = "--lora_rank 4 --accumulate 1 --batch_size 4 --lr 1e-3"

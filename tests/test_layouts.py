@@ -537,7 +537,7 @@ def test_a_set_with_nothing_to_learn_from_is_named(sets, tmp_path):
     for path in (tmp_path / "sets/RIS_Bench/mask").iterdir():
         Image.new("L", (WIDTH, HEIGHT)).save(path)
     args = Namespace(option="risors,risbench", data_root=tmp_path / "sets", split="train")
-    args.skip_bad, args.val_limit = False, 0
+    args.skip_bad, args.val_limit, args.prompts = False, 0, "points"
     with pytest.raises(InputError, match="--split train: all 2 masks of risbench are empty"):
         data.load_for_training(args, 0)
     for path in (tmp_path / "sets/RIS_Bench/mask").iterdir():
