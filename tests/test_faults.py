@@ -183,7 +183,8 @@ def test_an_address_that_is_none_is_not_waited_for(address):
 def serving(model, processor, port=0):
     """Port of a real server of a model, in this process."""
     args = ref_server.get_args(["--port", str(port)])
-    server = ref_server.Server(args, model, ref_server.describe(model, processor, "runs/other"))
+    health = ref_server.describe(model, processor, "runs/other")
+    server = ref_server.Server(args, model, processor, health)
     thread = threading.Thread(target=server.serve_forever, args=[0.05])
     thread.start()
     try:
