@@ -286,6 +286,13 @@ def _fill(corners, height, width):
     return np.logical_xor.accumulate(crossed, axis=1)[:, :width]
 
 
+def _are_numbers(values):
+    """Whether this is a list of numbers that can be coordinates."""
+    return isinstance(values, list) and all(
+        type(v) in (int, float) and abs(v) < 1e6 for v in values
+    )
+
+
 def decode_segmentation(segmentation, height, width):
     """COCO segmentation (one RLE, a list of RLEs, polygons) -> the union, bool (H, W).
 
@@ -309,8 +316,7 @@ def decode_segmentation(segmentation, height, width):
             if mask.shape != union.shape:
                 raise InputError(f"RLEs of sizes {union.shape} and {mask.shape}, expected one size")
         else:
-            number = lambda v: type(v) in (int, float) and abs(v) < 1e6
-            if not isinstance(part, list) or not all(map(number, part)):
+            if not _are_numbers(part):
                 raise InputError(f"{reprlib.repr(part)}, expected an RLE or a list of numbers")
             if len(part) < 6 or len(part) % 2:
                 raise InputError(f"a polygon of {len(part)} numbers, expected x, y, x, y, x, y")
@@ -1198,9 +1204,7 @@ def parse_boxes(text):
 
 
 def _is_box(box):
-    if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
-        return False
-    return all(abs(v) < 1e6 for v in box) and box[0] < box[2] and box[1] < box[3]
+    return _are_numbers(box) and len(box) == 4 and box[0] < box[2] and box[1] < box[3]
 
 
 def _labels(text):
@@ -1269,18 +1273,10 @@ def parse_instances(text):
         box, points = item["bbox_2d"], item["positive_points"]
         if not _is_box(box) or not isinstance(points, list) or len(points) != 2:
             return None
-        if not all(map(_is_point, points)):
+        if not all(_are_numbers(point) and len(point) == 2 for point in points):
             return None
         found.append(Instance(tuple(map(float, box)), [tuple(map(float, p)) for p in points]))
     return found
-
-
-def _is_point(point):
-    return (
-        isinstance(point, list)
-        and len(point) == 2
-        and all(type(v) in (int, float) and abs(v) < 1e6 for v in point)
-    )
 
 
 def repair_instances(text):
@@ -1332,6 +1328,17 @@ def merge_duplicates(instances, most=0.5):
         if not (iou[i, kept] > most).any():
             kept.append(i)
     return [instances[i] for i in kept]
+
+
+def instances_px(text, frame, size):
+    """find_instances in pixels of an image of `size` (W, H), each said once: ([(box (4,), points
+    (N, 2))], whether they had to be repaired)."""
+    found, repaired = find_instances(text)
+    if found is None:
+        return None, False
+    to_pixels = lambda coords, last: np.reshape(rescale(coords, frame, size), last)
+    instances = merge_duplicates(found)
+    return [(to_pixels(box, 4), to_pixels(points, (-1, 2))) for box, points in instances], repaired
 
 
 # ------------------------------------------------------------------------- questions

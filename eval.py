@@ -264,20 +264,10 @@ def ask_instances(model, processor, views, phrases, args):
     None if nothing can be read, whether the text had to be repaired)]."""
     prompts = [data.sam_prompt(*pair) for pair in zip(phrases, views.frames)]
     answers = ask(model, processor, views, prompts, args.max_new_tokens, args)
-    found = []
-    for (text, _), image, frame in zip(answers, views.images, views.frames):
-        instances, repaired = data.find_instances(text)
-        if instances is not None:
-            to_pixels = lambda coords: data.rescale(coords, frame, image.size)
-            instances = [
-                (
-                    to_pixels(one.box).clip(0, [*image.size] * 2),
-                    to_pixels(one.points).reshape(-1, 2),
-                )
-                for one in data.merge_duplicates(instances)
-            ]
-        found.append((text, instances, repaired))
-    return found
+    return [
+        (text, *data.instances_px(text, frame, image.size))
+        for (text, _), image, frame in zip(answers, views.images, views.frames)
+    ]
 
 
 def predict_instances(model, processor, images, phrases, truths, args):
@@ -287,11 +277,14 @@ def predict_instances(model, processor, images, phrases, truths, args):
     else:
         found = ask_instances(model, processor, look(model, processor, images), phrases, args)
     rows = []
-    for text, instances, repaired in found:
-        grids = [points[: None if args.points != "none" else 0] for _, points in instances or []]
+    for (text, instances, repaired), image in zip(found, images):
+        boxes = np.reshape([box for box, _ in instances or []], (-1, 4))
+        grids = [points for _, points in instances or []]
+        if args.points == "none":
+            grids = [points[:0] for points in grids]
         points = np.concatenate([np.zeros((0, 2)), *grids])
         row = {"answer_box": text, "answer_points": None, "grids": grids, "points_px": points}
-        row["box_px"] = np.reshape([box for box, _ in instances or []], (-1, 4))
+        row["box_px"] = boxes.clip(0, [*image.size, *image.size])
         row |= {"labels": [1] * len(points), "confidence": [1.0] * len(points)}
         rows.append({**row, "failed": instances is None, "repaired": repaired})
     return rows
@@ -446,16 +439,21 @@ def validate(
 
 
 def validate_both(model, processor, samples, args):
-    """`validate` without and with reasoning, which --prompts sam always has; [] without samples.
-    args: val_batch_size, val_limit, prompts."""
+    """{name: `validate`} without and with reasoning, which --prompts sam always has; {} without
+    samples. args: val_batch_size, val_limit, prompts."""
     options = args.val_batch_size, args.val_limit, args.prompts
-    thinks = (True,) if args.prompts == "sam" else (False, True)
-    return [validate(model, processor, samples, think, *options) for think in thinks if samples]
+    thinks = {"think": True} if args.prompts == "sam" else {"no think": False, "think": True}
+    return {
+        name: validate(model, processor, samples, think, *options)
+        for name, think in thinks.items()
+        if samples
+    }
 
 
 def print_gain(before, after):
     """What a stage of training brought, by two results of `validate_both`."""
-    for name, old, new in zip(("no think", "think")[-len(before) :], before, after):
+    for name, old in before.items():
+        new = after[name]
         print(
             f"val, {name:<8}: box IoU {old['box_iou']:.3f} -> {new['box_iou']:.3f}, "
             f"point accuracy {old['point_acc']:.3f} -> {new['point_acc']:.3f}"
@@ -631,6 +629,22 @@ def protocol_of(args, path):
     }
 
 
+def state_of(samples, protocol, path, args):
+    """What answers depend on: they are kept only if a later run has the same."""
+    files = [(str(s.image_path.resolve()), s.image_path.stat().st_size) for s in samples]
+    # a mask without compression has as many bytes after a change
+    masks = [s.segmentation for s in samples if isinstance(s.segmentation, Path)]
+    files += [(str(mask.resolve()), mask.stat().st_mtime_ns) for mask in masks]
+    return {
+        **protocol,
+        "weights": [fingerprint(path), fingerprint(args.sam_ckpt)],
+        "refs": digest(samples),
+        "files": zlib.crc32(repr(files).encode()),
+        "seed": args.seed,
+        "max_new_tokens": args.max_new_tokens,
+    }
+
+
 def start_or_resume(folder, args, state):
     """Keep the answers of a cut-off run of the same protocol and data; set others aside."""
     known, path = folder / "args.json", folder / "predictions.jsonl"
@@ -668,15 +682,7 @@ def evaluate_set(args, folder, path, model, processor, segmenter, rank, world):
     protocol = protocol_of(args, path)
     if rank == 0:
         data.list_skipped(bad, samples, args.split)
-        weights = [fingerprint(path), fingerprint(args.sam_ckpt)]
-        files = [(str(s.image_path.resolve()), s.image_path.stat().st_size) for s in samples]
-        # a mask without compression has as many bytes after a change
-        masks = [s.segmentation for s in samples if isinstance(s.segmentation, Path)]
-        files += [(str(path.resolve()), path.stat().st_mtime_ns) for path in masks]
-        files = zlib.crc32(repr(files).encode())
-        state = {**protocol, "weights": weights, "refs": digest(samples), "files": files}
-        state |= {key: getattr(args, key) for key in ("seed", "max_new_tokens")}
-        start_or_resume(folder, args, state)
+        start_or_resume(folder, args, state_of(samples, protocol, path, args))
         wait()
     done = {(row["ref_id"], row["sentence"]) for row in read_rows(folder / "predictions.jsonl")}
     wait()  # nobody writes before all have read

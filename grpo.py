@@ -138,6 +138,13 @@ def get_args(argv=None):
             if key == "lr" and not args.lora_rank:
                 args.lr /= 10
     args.model_path = args.model_path or str(Path(args.log_dir) / "sft")
+    args.reward = args.reward.split(",")
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser, args):
+    """End with a line for settings out of range."""
     counts = "batch_size accumulate save_step keep max_skips mu max_new_tokens val_batch_size"
     sft.check_range(parser, args, counts, 1)
     sft.check_range(parser, args, "group", 2)  # one alone has nothing to be compared with
@@ -146,7 +153,6 @@ def get_args(argv=None):
     ratios = "point_ratio miss_ratio think_ratio warmup eps_low"
     sft.check_range(parser, args, ratios, 0, 1)
     sft.check_range(parser, args, "clip temperature ref_patience", 1e-9)
-    args.reward = args.reward.split(",")
     if not set(args.reward) <= {"box", "point", "mask"}:
         parser.error(f"--reward {','.join(args.reward)}: expected some of box,point,mask")
     if args.ref_url and not all(map(_URL.fullmatch, args.ref_url.split(","))):
@@ -155,7 +161,6 @@ def get_args(argv=None):
         )
     if not args.max_step and args.epochs <= 0:
         parser.error("nothing to do: set --epochs or --max_step")
-    return args
 
 
 # ------------------------------------------------------------------------- rewards
@@ -214,7 +219,6 @@ def on_target_reward(text, question):
 def sam_prompts(text, question):
     """What an answer asks of SAM, [(box, points, labels)] in pixels: empty for an empty list, None
     where nothing can be read."""
-    to_pixels = lambda coords: data.rescale(coords, question.frame, question.image.size)
     if question.task == "point":  # the box is given, and the answer says what its points are
         labels = data.parse_labels(text)
         if labels is None or len(labels) != len(question.points_px):
@@ -222,12 +226,10 @@ def sam_prompts(text, question):
         return [(question.box_px, question.points_px, np.array(labels))]
     if question.task == "box":
         boxes = data.parse_boxes(text)
+        to_pixels = lambda box: data.rescale(box, question.frame, question.image.size)
         return boxes and [(to_pixels(box), np.zeros((0, 2)), np.zeros(0)) for box in boxes]
-    found = data.find_instances(text)[0]
-    return found and [
-        (to_pixels(one.box), to_pixels(np.reshape(one.points, (-1, 2))), np.ones(len(one.points)))
-        for one in data.merge_duplicates(found)
-    ]
+    found, _ = data.instances_px(text, question.frame, question.image.size)
+    return found and [(box, points, np.ones(len(points))) for box, points in found]
 
 
 def mask_reward(texts, question, segmenter):
@@ -369,6 +371,16 @@ def reference_urls(args, child, rank, local_rank, world):
     return [f"http://127.0.0.1:{ports[rank - local_rank]:.0f}"]
 
 
+def build_optimizer(trained, args, world):
+    """AdamW; where several processes train all parameters, each has a share of its two moments."""
+    options = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if world == 1 or args.lora_rank:
+        return torch.optim.AdamW(trained, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(trained, torch.optim.AdamW, **options)
+
+
 def open_board(folder, done):
     """A TensorBoard writer that goes on after update `done`; None without `pip install
     tensorboard`."""
@@ -430,8 +442,7 @@ def main(args):
         child = ref_server.start_child(args.model_path, ref_device, dtype, half)
     model, processor = sampler.load_policy(args.model_path, args.device, getattr(torch, dtype))
     say(f"model: {args.model_path}, {len(trainable)} refs of {args.option}/{args.split}")
-    rewarding = "mask" in args.reward
-    segmenter = sampler.Segmenter(args.sam_ckpt, args.device) if rewarding else None
+    segmenter = sampler.Segmenter(args.sam_ckpt, args.device) if "mask" in args.reward else None
     urls = reference_urls(args, child, rank, local_rank, world)
     expected = ref_server.describe(model, processor, args.model_path)
     reference = ref_server.Reference(urls, expected, rank, args.ref_patience, child)
@@ -445,13 +456,7 @@ def main(args):
     torch.manual_seed(args.seed + rank)
     # NOTE: no dropout: it would move the ratio off 1 by chance
     trained = sampler.make_trainable(model, args, dropout=0.0)
-    options = {"lr": args.lr, "weight_decay": args.weight_decay}
-    if world > 1 and not args.lora_rank:  # Adam's two moments of all parameters: a share each
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-
-        optimizer = ZeroRedundancyOptimizer(trained, torch.optim.AdamW, **options)
-    else:
-        optimizer = torch.optim.AdamW(trained, **options)
+    optimizer = build_optimizer(trained, args, world)
     steps = args.max_step or math.ceil(
         args.epochs * len(trainable) / (args.batch_size * world * args.accumulate)
     )

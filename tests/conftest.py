@@ -1,8 +1,11 @@
 """What tests share: a few scenes in the REFER layout, the tiny model, the way to a command."""
 
 import os
+import struct
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,23 @@ def timeless(lines):
     """Lines of a log less what a clock has measured."""
     clocked = lambda key: "second" in key or "_per_s" in key
     return [{k: v for k, v in line.items() if not clocked(k)} for line in lines]
+
+
+def fastest(call, *args):
+    """CPU seconds that call(*args) takes, the best of five."""
+    seconds = []
+    for _ in range(5):
+        start = time.process_time()
+        call(*args)
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+def write_header_bomb(path, color_type):
+    """A PNG whose header promises 400 million pixels: of grey (color_type 0) or RGB (2)."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, color_type, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\1IDAT" + b"\0" * 5)
 
 
 def serve(*options, **environment):
@@ -75,6 +95,23 @@ def tiny():
     import sampler
 
     return sampler.load_policy()
+
+
+@pytest.fixture(scope="session")
+def scene():
+    """(image, objects) of a demo scene."""
+    import numpy as np
+
+    from assets.make_demo import draw_scene
+
+    return draw_scene(np.random.default_rng(4), 4)
+
+
+@pytest.fixture(scope="session")
+def segmenter():
+    import sampler
+
+    return sampler.Segmenter()
 
 
 @pytest.fixture

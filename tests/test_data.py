@@ -5,15 +5,13 @@ import json
 import pickle
 import re
 import shutil
-import struct
 import time
-import zlib
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, write_header_bomb
 from PIL import Image
 
 import data
@@ -650,9 +648,7 @@ def test_a_large_image_opens_without_a_warning_and_one_twice_too_large_does_not(
 
 
 def test_a_header_that_promises_400_million_pixels_is_refused_before_it_is_decoded(tmp_path):
-    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\1IDAT" + b"\0" * 5)
+    write_header_bomb(tmp_path / "x.png", 2)
     start = time.perf_counter()
     with pytest.raises(InputError, match="cut it into tiles"):
         data.open_image(tmp_path / "x.png")

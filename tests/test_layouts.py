@@ -5,15 +5,13 @@ import json
 import random
 import re
 import shutil
-import struct
 import time
-import zlib
 from argparse import Namespace
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, write_header_bomb
 from layouts import FOLDERS, HEIGHT, WIDTH, WRITERS, write_all
 from PIL import Image, ImageFile
 
@@ -376,9 +374,7 @@ def test_an_error_that_numpy_would_pass_over_is_one_line_too(tmp_path, monkeypat
 
 
 def test_a_mask_whose_header_promises_400_million_pixels_is_refused_at_once(tmp_path):
-    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\1IDAT" + b"\0" * 5)
+    write_header_bomb(tmp_path / "x.png", 0)
     start = time.perf_counter()
     for read in (data.open_mask, data.mask_file_size):
         with pytest.raises(InputError, match="mask .*x.png has over .* pixels"):

@@ -632,18 +632,6 @@ def test_a_bfloat16_model_generates_with_its_float32_adapters(small_set):
 # ------------------------------------------------------------------------- SAM
 
 
-@pytest.fixture(scope="module")
-def scene():
-    from assets.make_demo import draw_scene
-
-    return draw_scene(np.random.default_rng(4), 4)
-
-
-@pytest.fixture(scope="module")
-def segmenter():
-    return sampler.Segmenter()
-
-
 def prompts_of(objects):
     """Box, grid and true labels of every object; the second with half of its points."""
     prompts = []
