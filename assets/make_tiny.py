@@ -61,6 +61,8 @@ CHAT_TEMPLATE = (
     "{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# of the third form of answer, one token each
+LIST_TOKENS = ['{"bbox_2d":[', '],"positive_points":[[', "]]}"]
 TURN = "<|im_end|>\n<|im_start|>assistant\n"  # between a question and its answer
 
 
@@ -275,7 +277,8 @@ class Heads(torch.nn.Module):
 class Question:
     prompt: str
     answer: str
-    tokens: np.ndarray  # the vision tokens to look at: the target's, or the one under each point
+    # the vision tokens to look at: the target's, or the one under each point, or each instance's
+    tokens: np.ndarray | list
     under: np.ndarray = None  # (N, 3): class and colour of what lies under a point, and its label
 
 
@@ -298,10 +301,8 @@ def questions(rng, objects, ask_points, elsewhere=False):
         think = bool(rng.random() < 0.4)
         why = data.rationale(target.class_name, box, size, size) if think else None
         relative = data.rescale(box, (size, size), (1000, 1000))
-        share = token_shares(target.mask)
-        on = np.flatnonzero(share.ravel() >= min(0.2, share.max()))
         prompt = data.box_prompt(phrase, think=think)
-        asked.append(Question(prompt, data.box_answer(relative, why), on))
+        asked.append(Question(prompt, data.box_answer(relative, why), tokens_on(target.mask)))
         points = []
         if ask_points and first < 4:  # in and around the box
             wide = sampler.jitter_box(box, size, size, rng, rng.choice([0.1, 0.5, 1.0]))
@@ -318,6 +319,37 @@ def questions(rng, objects, ask_points, elsewhere=False):
             column, row = np.floor(p / CELL).astype(int).clip(0, SIDE - 1).T
             under = what_lies_under(p, objects, target)
             asked.append(Question(prompt, answer, row * SIDE + column, under))
+    return asked
+
+
+def tokens_on(mask):
+    """The vision tokens that a mask covers well, or best."""
+    share = token_shares(mask)
+    return np.flatnonzero(share.ravel() >= min(0.2, share.max()))
+
+
+def list_questions(rng, objects, count=2):
+    """Questions about one scene that are answered with a list, as --prompts sam has it: for an
+    object that a phrase singles out, or all of a class and perhaps a colour, which may be none."""
+    size, asked = make_demo.SIZE, []
+    for _ in range(count):
+        one = objects[rng.integers(len(objects))]
+        targets, phrase = [one], make_demo.describe(rng, objects, one)
+        why = data.rationale(one.class_name, data.mask_to_box(one.mask), size, size)
+        if phrase is None or rng.random() < 0.7:
+            what, targets = one.class_name, [o for o in objects if o.class_name == one.class_name]
+            if rng.random() < 0.25:
+                what = str(rng.choice(CLASSES))
+                targets = [o for o in objects if o.class_name == what]
+            if rng.random() < 0.35:
+                color = str(rng.choice([o.color for o in targets] or COLORS))
+                what, targets = f"{color} {what}", [o for o in targets if o.color == color]
+            phrase, why = f"All {what}s", f"{what}: {len(targets)}."
+        mask = np.any([np.zeros((size, size), bool), *(o.mask for o in targets)], axis=0)
+        relative = lambda coords: data.rescale(coords, (size, size), (1000, 1000))
+        found = [(relative(box), relative(points)) for box, points in data.true_instances(mask)]
+        tokens = [tokens_on(part) for part in data.components(mask)]
+        asked.append(Question(data.sam_prompt(phrase), data.sam_answer(found, why), tokens))
     return asked
 
 
@@ -381,7 +413,12 @@ class Packer:
             labels += [-100] * len(question) + [*target, self.eos]
             segment += [i + 1] * (len(ids) - at)
             places.append((start + torch.arange(len(ids) - at)).expand(3, -1))
-            numbers = [at + t for t in range(len(question), len(pieces)) if pieces[t].isdigit()]
+            first = len(question) + pieces[len(question) :].index("<answer>")
+            numbers = [at + t for t in range(first, len(pieces)) if pieces[t].isdigit()]
+            if isinstance(q.tokens, list):  # 8 numbers of each instance: its box and two points
+                each = [self.image + tokens for tokens in q.tokens for _ in range(8)]
+                looks += [("box", n - 1, seen) for n, seen in zip(numbers, each, strict=True)]
+                continue
             seen = self.image + q.tokens
             if q.under is None:
                 looks += [("box", number - 1, seen) for number in numbers]
@@ -431,16 +468,20 @@ class Packer:
         return inputs, labels, torch.cat([dense for _, _, dense in scenes]), under, looks
 
 
-def stream(packer, args, steps, demo):
+def stream(packer, args, steps, demo, lists):
     """Endless batches, each with the pictures and dense targets of `demo` demo scenes. In the first
     phase (`demo` 0), scenes grow from one object to four over the first tenth of its steps, and
-    points are asked for after the first sixth."""
-    rng = np.random.default_rng(args.seed + demo)
+    points are asked for after the first sixth. With `lists`, three of the questions about a scene
+    remain, and two are answered with lists."""
+    rng = np.random.default_rng(args.seed + demo + lists)
     step = 0
 
     def draw(most):
         image, objects = make_demo.draw_scene(rng, int(rng.integers(1, most + 1)), plain=True)
         asked = questions(rng, objects, demo > 0 or step > steps / 6, demo > 0)
+        if lists:
+            some = rng.permutation(len(asked))[:3]
+            asked = [asked[i] for i in some] + list_questions(rng, objects)
         return (image, packer.row(asked), Heads.targets(objects)) if asked else None
 
     def draw_unasked():
@@ -465,14 +506,35 @@ def train_vlm(args):
         f"tiny VLM: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"vocabulary {len(processor.tokenizer)}"
     )
-    train_phase(model, processor, args, args.steps, demo=0, peak=1.0)
-    train_phase(model, processor, args, args.steps * 3 // 8, demo=16, peak=0.7)
+    first = model.get_input_embeddings().weight.detach().clone()
+    heard = torch.zeros(len(first), dtype=torch.bool)
+    train_phase(model, processor, args, args.steps, 0, 1.0, heard)
+    train_phase(model, processor, args, args.steps * 3 // 8, 16, 0.7, heard)
+    teach_lists(model, processor, args, first, heard)
     print_reached(*sampler.load_policy(args.out))
 
 
-def train_phase(model, processor, args, steps, demo, peak):
+def teach_lists(model, processor, args, first, heard):
+    """The third phase: a list of instances is a form of answer, too.
+
+    NOTE: until here the softmax has pushed all words that never occurred the same way, until they
+    were one and the same word to the model. Those start again from `first` (V, D), and what still
+    does not occur stays there, so that SFT can tell new words apart.
+    """
+    torch.manual_seed(args.seed + 1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[~heard] = first[~heard]
+    tokens = [AddedToken(text, normalized=False) for text in (data.SAM_TASK, *LIST_TOKENS)]
+    processor.tokenizer.add_tokens(tokens)
+    model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    heard = torch.cat([heard, heard.new_zeros(len(tokens))])
+    train_phase(model, processor, args, args.steps // 4, 16, 0.5, heard, lists=True)
+
+
+def train_phase(model, processor, args, steps, demo, peak, heard, lists=False):
     """`steps` updates, `demo` demo pictures in each for the dense loss alone; `peak`: factor of the
-    learning rates."""
+    learning rates; `heard`, bool (V,): the tokens that have occurred, kept up to date; `lists`: see
+    stream."""
     packer, heads, seen = Packer(processor, model), Heads(), []
     hook = model.model.visual.merger.register_forward_hook(lambda *call: seen.append(call[-1]))
     named = list(model.named_parameters())
@@ -483,8 +545,8 @@ def train_phase(model, processor, args, steps, demo, peak):
     ramp = lambda step: peak * min(1, (step + 1) / 200, (steps - step) / (0.4 * steps))
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, ramp) for o in (muon, adamw)]
     words = model.get_input_embeddings().weight
-    unheard = processor.tokenizer.convert_tokens_to_ids(list(make_demo.OTHER_NAMES.values()))
-    bar, batches = trange(steps), stream(packer, args, steps, demo)
+    others = processor.tokenizer.convert_tokens_to_ids(list(make_demo.OTHER_NAMES.values()))
+    bar, batches = trange(steps), stream(packer, args, steps, demo, lists)
     for step in bar:
         (inputs, labels, dense, under, looks), unasked = next(batches)
         hidden = model.model(**inputs).last_hidden_state  # (B, T, D)
@@ -504,9 +566,10 @@ def train_phase(model, processor, args, steps, demo, peak):
             losses[f"look {name}"] = look_loss(attention, inputs["attention_mask"], looks[name])
         seen.clear()
         sum(losses.values()).backward()
+        heard[inputs["input_ids"].unique()] = True
         # the softmax would push all words that never occur the same way, and SFT could hardly tell
         # them apart: the demo's stay where they start
-        words.grad[unheard] = 0
+        words.grad[~heard if lists else others] = 0
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip((muon, adamw), schedules):
             optimizer.step()
