@@ -901,6 +901,14 @@ def read_set(option, data_root, split, problems):
     return list(unique.values())
 
 
+DEMOS = ("demo", "demo_reason")
+
+
+def is_demo(option):
+    """Whether --option names demo sets alone, for which training has defaults of its own."""
+    return all(part.partition(":")[0] in DEMOS for part in option.split(","))
+
+
 def draw_demos(names, data_root):
     """Make the demo sets among the named ones where they are missing; `demo`, the default, not
     beside another set unless that is named too."""

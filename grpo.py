@@ -134,7 +134,7 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     for key, (recipe, demo) in DEFAULTS.items():
         if getattr(args, key) is None:
-            setattr(args, key, demo if args.option == "demo" else recipe)
+            setattr(args, key, demo if data.is_demo(args.option) else recipe)
             if key == "lr" and not args.lora_rank:
                 args.lr /= 10
     args.model_path = args.model_path or str(Path(args.log_dir) / "sft")

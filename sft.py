@@ -107,7 +107,7 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     for key, (recipe, demo) in DEFAULTS.items():
         if getattr(args, key) is None:
-            setattr(args, key, demo if args.option == "demo" else recipe)
+            setattr(args, key, demo if data.is_demo(args.option) else recipe)
     check_range(parser, args, "batch_size accumulate save_step keep max_skips val_batch_size", 1)
     check_range(parser, args, "val_limit max_step lora_rank seed workers lr weight_decay jitter", 0)
     check_range(parser, args, "point_ratio miss_ratio think_ratio lora_dropout warmup", 0, 1)

@@ -1,15 +1,15 @@
 """Train the two tiny models from nothing: assets/tiny_vlm (a Qwen3-VL) and assets/tiny_sam (a SAM).
 
-    python assets/make_tiny.py vlm     # a little over two hours on two CPU cores
+    python assets/make_tiny.py vlm     # some two and a half hours on two CPU cores
     python assets/make_tiny.py sam     # about 10 minutes
 
 They exist so that every script of this repository runs on a laptop, offline, through the very code
 that trains and tests the real models. The VLM is a *base* model: it is only ever asked about plain
-scenes (flat ground, no clutter), in both answer formats. The demo set is a harder domain with words
-of its own, which sft.py has to learn. Pictures of that kind are seen in a short second phase, with
-the vision encoder's auxiliary loss alone: SFT leaves the encoder frozen. Of the SAM's scenes 3 %
-are of the harder kind: like the real one over aerial images it does well there, but profits from
-points.
+scenes (flat ground, no clutter), for boxes and points, and in a short third phase for lists of
+instances. The demo sets are a harder domain with words of their own, which sft.py has to learn.
+Pictures of that kind are seen from the second phase on, with the vision encoder's auxiliary loss
+alone: SFT leaves the encoder frozen. Of the SAM's scenes 3 % are of the harder kind: like the real
+one over aerial images it does well there, but profits from points.
 
 What made grounding learnable at this size:
 1. A dense auxiliary loss (`Heads`): every vision token behind the merger says which object it lies

@@ -99,9 +99,11 @@ def test_the_rate_rises_then_falls_to_nothing():
 
 
 def test_the_demo_and_the_recipe_resolve_to_their_own_numbers():
-    demo, real = sft.get_args([]), sft.get_args(["--option", "RRSISD"])
+    rate = lambda *options: sft.get_args(list(options)).lr
+    real = sft.get_args(["--option", "RRSISD"])
     assert (real.lr, real.accumulate, real.epochs, real.think_ratio) == (5e-5, 8, 2, 0)
-    assert demo.lr == sft.DEFAULTS["lr"][1] and sft.get_args(["--lr", "7"]).lr == 7
+    assert rate() == rate("--option", "demo_reason:2,demo") == sft.DEFAULTS["lr"][1]
+    assert rate("--option", "demo,RRSISD") == real.lr and rate("--lr", "7") == 7
 
 
 SHORT = "--max_step 2 --accumulate 2 --lora_rank 4 --lora_dropout 0 --val_limit 0"
