@@ -54,3 +54,23 @@ def test_heads_are_sent_to_the_token_under_the_point_and_to_the_labels_point(tin
         assert int(text[before + 1]) == unders[end][2]
     points = sum(len(q.tokens) for q in asked if q.under is not None)
     assert len(unders) == points > 0
+
+
+def test_in_a_list_every_number_looks_at_its_own_instance(tiny):
+    model, processor = tiny
+    packer, rng, counts = make_tiny.Packer(processor, model), np.random.default_rng(5), []
+    for _ in range(20):
+        _, objects = make_demo.draw_scene(rng, 4, plain=True)
+        for q in make_tiny.list_questions(rng, objects):
+            found = data.parse_instances(q.answer)
+            looks = packer.row([q])[4]
+            assert len(looks) == 8 * len(found)
+            for i, (name, _, seen) in enumerate(looks):
+                rows, columns = np.divmod(seen - packer.image, make_tiny.SIDE)
+                cells = np.stack([columns, rows], -1) / make_tiny.SIDE * 1000  # upper left corners
+                x1, y1, x2, y2 = found[i // 8].box
+                margin = 1000 / make_tiny.SIDE + 8
+                assert name == "box" and (cells > [x1 - margin, y1 - margin]).all()
+                assert (cells < [x2, y2]).all()
+            counts.append(len(found))
+    assert {0, 1, 2} <= set(counts)
