@@ -10,6 +10,7 @@ independent. The picture shows the phrases whose mask IoU rose most: what change
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -69,26 +70,24 @@ def panel(draw, corner, size, title, curves):
 
 
 def draw_curve(paths):
-    """Box reward, point reward, KL and length of answers; one colour per run."""
+    """The rewards that there were, KL and length of answers; one colour per run."""
     runs = [evaluation.read_rows(Path(path)) for path in paths]
     if not all(runs):
         raise InputError(f"no lines in one of {', '.join(paths)}")
     titles = {
         "reward_box": "box reward (IoU)",
         "reward_point": "point reward (accuracy)",
+        "reward_mask": "mask reward (IoU)",
         "kl": "KL to the reference, per token",
         "length": "tokens per completion",
     }
-    picture = Image.new("RGB", (1000, 520), "white")
+    given = lambda key: any(line.get(key) is not None for run in runs for line in run)
+    titles = {key: title for key, title in titles.items() if given(key)}
+    picture = Image.new("RGB", (1000, 260 * math.ceil(len(titles) / 2)), "white")
     for i, (key, title) in enumerate(titles.items()):
         corner = (60 + 490 * (i % 2), 40 + 260 * (i // 2))
-        panel(
-            ImageDraw.Draw(picture),
-            corner,
-            (420, 180),
-            title,
-            [[r[key] for r in run] for run in runs],
-        )
+        curves = [[line.get(key) for line in run] for run in runs]
+        panel(ImageDraw.Draw(picture), corner, (420, 180), title, curves)
     return picture
 
 

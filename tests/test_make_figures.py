@@ -34,10 +34,15 @@ def test_phrases_on_one_image_are_drawn_together():
     assert widths[0] == pytest.approx(2 * 1.96 * gains.std() / 40**0.5, rel=0.1)
 
 
-def test_the_curve_is_drawn_also_where_a_task_was_never_asked(tmp_path):
-    keys = {"reward_box": 0.5, "reward_point": None, "kl": 0.1, "length": 20.0}
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(keys | {"kl": i / 9}) + "\n" for i in range(9)))
-    assert make_figures.draw_curve([str(path), str(path)]).size == (1000, 520)
+def test_the_curve_has_a_panel_for_each_reward_that_there_was(tmp_path):
+    lines = [{"reward_box": None, "kl": i / 9, "length": 20.0} for i in range(9)]
+    paths = []
+    for reward in ("reward_point", "reward_mask", "kl"):  # the last has none
+        paths.append(str(tmp_path / f"{reward}.jsonl"))
+        (tmp_path / f"{reward}.jsonl").write_text(
+            "".join(json.dumps({reward: 0.5} | line) + "\n" for line in lines)
+        )
+    assert make_figures.draw_curve(paths[2:]).size == (1000, 260)
+    assert make_figures.draw_curve(paths).size == (1000, 520)
     with pytest.raises(InputError, match="no lines"):
         make_figures.draw_curve([str(tmp_path / "none.jsonl")])
