@@ -109,10 +109,13 @@ def paired(before, after, key, draws=10_000):
 
 
 def draw_pairs(before, after, samples, count=3):
-    """Overlays of the phrases whose mask IoU rose most: before on the left, after on the right."""
-    rows = sorted(zip(before, after), key=lambda pair: pair[0]["iou"] - pair[1]["iou"])[:count]
+    """Overlays of the phrases whose mask IoU rose most, one of an image: before on the left, after
+    on the right."""
+    most = {}
+    for pair in sorted(zip(before, after), key=lambda pair: pair[0]["iou"] - pair[1]["iou"]):
+        most.setdefault(pair[0]["image"], pair)
     samples, tiles = {sample.ref_id: sample for sample in samples}, []
-    for pair in rows:
+    for pair in list(most.values())[:count]:
         sample = samples[pair[0]["ref_id"]]
         for row, name in zip(pair, ("before", "after")):
             caption = f"{name}: {row['phrase']} (IoU {row['iou']:.2f})"
