@@ -24,6 +24,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 import zlib
@@ -458,6 +459,16 @@ def print_gain(before, after):
             f"val, {name:<8}: box IoU {old['box_iou']:.3f} -> {new['box_iou']:.3f}, "
             f"point accuracy {old['point_acc']:.3f} -> {new['point_acc']:.3f}"
         )
+
+
+def next_command(folder, trained, *flags):
+    """How to evaluate what a run, with the arguments `trained`, has written to `folder`."""
+    sets = [name for name, _ in data.parse_option(trained.option)]  # less their weights
+    theirs, mine = {**vars(trained), "option": ",".join(sets)}, vars(get_args([]))
+    for key in ("option", "data_root", "prompts", "log_dir"):
+        if theirs[key] != mine[key]:
+            flags += f"--{key}", shlex.quote(theirs[key])
+    return " ".join(["python eval.py", *flags, "--eval_model_path", shlex.quote(str(folder))])
 
 
 # ------------------------------------------------------------------------- files and pictures

@@ -53,7 +53,7 @@ import data
 import ref_server
 import sampler
 import sft
-from eval import print_gain, validate_both
+from eval import next_command, print_gain, validate_both
 from sampler import InputError
 
 # (the recipe for an 8 B model, the demo)
@@ -568,7 +568,7 @@ def main(args):
     after = validate_both(model, processor, val, args)
     if rank == 0:
         print_gain(before, after)
-    say(f"written: {folder}. Next: python eval.py --use_think --eval_model_path {folder}")
+    say(f"written: {folder}. Next: {next_command(folder, args, '--use_think')}")
     if board:
         board.close()
     if world > 1:

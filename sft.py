@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import data
 import sampler
-from eval import digest, print_gain, read_rows, validate_both
+from eval import digest, next_command, print_gain, read_rows, validate_both
 from sampler import InputError
 
 # (the recipe for an 8 B model, the demo): a small model wants a larger learning rate, has no use
@@ -575,7 +575,7 @@ def main(args):
     after = validate_both(model, processor, val, args)
     if rank == 0:
         print_gain(before, after)
-    say(f"written: {folder}. Next: python eval.py --eval_model_path {folder}")
+    say(f"written: {folder}. Next: {next_command(folder, args)}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

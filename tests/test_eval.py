@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from PIL import Image
 
 import data
 import eval as evaluation
+import grpo
 import sampler
+import sft
 
 
 def test_metrics_equal_a_few_lines_of_numpy_with_failures_empty_masks_and_any_shape():
@@ -66,6 +70,17 @@ def test_flags_of_the_published_scripts_work_bare_and_with_a_value():
     assert not evaluation.get_args(["--use_think", "False"]).use_think
     paper = evaluation.get_args(["--paper"])
     assert paper.k_min == 1 and paper.multimask
+
+
+def test_the_next_command_evaluates_what_was_trained_on_what_it_was_trained_on():
+    assert evaluation.next_command(Path("runs/sft"), sft.get_args([])) == (
+        "python eval.py --eval_model_path runs/sft"
+    )
+    options = ["--option", "a:2,b", "--prompts", "sam", "--data_root", "my data"]
+    command = evaluation.next_command(Path("runs/x"), grpo.get_args(options), "--use_think")
+    args = evaluation.get_args(shlex.split(command)[2:])
+    assert (args.option, args.prompts, args.data_root) == ("a,b", "sam", "my data")
+    assert args.use_think and args.eval_model_path == "runs/x"
 
 
 def test_the_best_of_n_does_not_look_at_the_truth():
