@@ -862,7 +862,7 @@ def parse_option(option):
     """`--option` name[:weight][,…] -> [(name, weight, or None where there is none)]."""
     sets = []
     for part in option.split(","):
-        name, colon, number = part.strip().partition(":")
+        name, colon, number = (text.strip() for text in part.partition(":"))
         try:
             weight = float(number) if colon else None
         except ValueError:
@@ -871,7 +871,8 @@ def parse_option(option):
             expected = "the name of a set, or name:weight with a number above 0"
             raise InputError(f"--option {option}: {part!r}, expected {expected}")
         sets.append((name, weight))
-    if len({_plain(name) for name, _ in sets}) < len(sets):
+    folder = lambda name: next((key for key, s in ALIASES.items() if name in s), _plain(name))
+    if len({folder(name) for name, _ in sets}) < len(sets):
         raise InputError(f"--option {option} names a set twice, expected each once")
     return sets
 
@@ -906,7 +907,7 @@ DEMOS = ("demo", "demo_reason")
 
 def is_demo(option):
     """Whether --option names demo sets alone, for which training has defaults of its own."""
-    return all(part.partition(":")[0] in DEMOS for part in option.split(","))
+    return all(name in DEMOS for name, _ in parse_option(option))
 
 
 def draw_demos(names, data_root):
@@ -1165,9 +1166,17 @@ def reasoning(sample, index, mask):
     return rationale(sample.class_name, mask_to_box(mask), *mask.shape[::-1])
 
 
+MOST_INSTANCES = 64  # of one answer: each is a mask that SAM decodes
+
+
 def true_instances(mask):
-    """[(box (4,), two points in it (2, 2))] in pixels, for every instance of the truth."""
-    return [(mask_to_box(part), inner_points(part)) for part in components(mask)]
+    """[(box (4,), two points in it (2, 2))] in pixels, for every instance of the truth; for the
+    largest, where they are more than an answer may have."""
+    parts = components(mask)
+    if len(parts) > MOST_INSTANCES:
+        least = sorted(part.sum() for part in parts)[-MOST_INSTANCES]
+        parts = [part for part in parts if part.sum() >= least][:MOST_INSTANCES]
+    return [(mask_to_box(part), inner_points(part)) for part in parts]
 
 
 # ------------------------------------------------------------------------- answers
@@ -1256,7 +1265,6 @@ class Instance(NamedTuple):
 
 _OBJECT = re.compile(r"bbox_2d\W{0,8}\[([^][]{0,80})\]")
 _PAIR = re.compile(r"\[([^][,]{1,20},[^][,]{1,20})\]")
-MOST_INSTANCES = 64  # of one answer: each is a mask that SAM decodes
 
 
 def parse_instances(text):
@@ -1292,10 +1300,13 @@ def repair_instances(text):
     corners put in order, each with the points written behind it, however many. An empty list only
     where one is written; None if nothing is legible. No text raises.
 
-    SAM can use what was cut off in the middle or lacks a bracket; the format reward does not.
+    SAM can use what was cut off in the middle or lacks a bracket; json_reward gives nothing for it.
     """
     span = _answer_span(text)
-    body = text[slice(*span)] if span else text[max(text.rfind("<answer>"), 0) :]
+    *before, body = re.split("<answer>|</think>", text)
+    if not span and not before and "<think>" in text:
+        return None  # what is reasoned about is no answer
+    body = text[slice(*span)] if span else body
     places = list(islice(_OBJECT.finditer(body), MOST_INSTANCES + 1))
     if not places:
         return [] if body.replace("json", "").strip("` \n") == "[]" else None
@@ -1338,15 +1349,23 @@ def merge_duplicates(instances, most=0.5):
     return [instances[i] for i in kept]
 
 
+def boxes_px(boxes, frame, size):
+    """Boxes (N, 4) in pixels of an image of `size` (W, H), clipped to it, and which of them, bool
+    (N,), still have an area."""
+    boxes = rescale(np.reshape(boxes, (-1, 4)), frame, size).clip(0, [*size, *size])
+    return boxes, (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+
 def instances_px(text, frame, size):
-    """find_instances in pixels of an image of `size` (W, H), each said once: ([(box (4,), points
-    (N, 2))], whether they had to be repaired)."""
+    """find_instances in pixels of an image of `size` (W, H), each said once, less those outside it:
+    ([(box (4,), points (N, 2))], whether they had to be repaired)."""
     found, repaired = find_instances(text)
     if found is None:
         return None, False
-    to_pixels = lambda coords, last: np.reshape(rescale(coords, frame, size), last)
-    instances = merge_duplicates(found)
-    return [(to_pixels(box, 4), to_pixels(points, (-1, 2))) for box, points in instances], repaired
+    found = merge_duplicates(found)
+    boxes, inside = boxes_px([box for box, _ in found], frame, size)
+    grids = [np.reshape(rescale(points, frame, size), (-1, 2)) for _, points in found]
+    return [one for one, keep in zip(zip(boxes, grids), inside) if keep], repaired
 
 
 # ------------------------------------------------------------------------- questions

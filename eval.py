@@ -235,9 +235,7 @@ def ask_boxes(model, processor, views, phrases, args):
     answers = ask(model, processor, views, prompts, args.max_new_tokens, args)
     found = []
     for (text, _), image, frame in zip(answers, views.images, views.frames):
-        boxes = np.reshape(data.parse_boxes(text) or [], (-1, 4))
-        boxes = data.rescale(boxes, frame, image.size).clip(0, [*image.size, *image.size])
-        inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        boxes, inside = data.boxes_px(data.parse_boxes(text) or [], frame, image.size)
         found.append((text, boxes[inside]))
     return found
 
@@ -278,15 +276,14 @@ def predict_instances(model, processor, images, phrases, truths, args):
     else:
         found = ask_instances(model, processor, look(model, processor, images), phrases, args)
     rows = []
-    for (text, instances, repaired), image in zip(found, images):
+    for text, instances, repaired in found:
         boxes = np.reshape([box for box, _ in instances or []], (-1, 4))
         grids = [points for _, points in instances or []]
         if args.points == "none":
             grids = [points[:0] for points in grids]
         points = np.concatenate([np.zeros((0, 2)), *grids])
         row = {"answer_box": text, "answer_points": None, "grids": grids, "points_px": points}
-        row["box_px"] = boxes.clip(0, [*image.size, *image.size])
-        row |= {"labels": [1] * len(points), "confidence": [1.0] * len(points)}
+        row |= {"box_px": boxes, "labels": [1] * len(points), "confidence": [1.0] * len(points)}
         rows.append({**row, "failed": instances is None, "repaired": repaired})
     return rows
 

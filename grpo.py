@@ -198,11 +198,13 @@ def json_reward(text):
 
 
 def instance_reward(text, question):
-    """box_reward for --prompts sam. Where there is nothing to find, 1 for an empty list."""
+    """box_reward for --prompts sam, which counts what is said twice once. Where there is nothing to
+    find, 1 for an empty list."""
     found, truth = data.find_instances(text)[0], data.parse_instances(question.answer)
-    if not truth:
+    if not question.mask.any():
         return float(found == [])
-    return data.matched_iou([one.box for one in found or []], [one.box for one in truth])
+    found = data.merge_duplicates(found or [])
+    return data.matched_iou([one.box for one in found], [one.box for one in truth])
 
 
 def on_target_reward(text, question):
@@ -219,28 +221,30 @@ def on_target_reward(text, question):
 def sam_prompts(text, question):
     """What an answer asks of SAM, [(box, points, labels)] in pixels: empty for an empty list, None
     where nothing can be read."""
+    size = question.image.size
     if question.task == "point":  # the box is given, and the answer says what its points are
         labels = data.parse_labels(text)
         if labels is None or len(labels) != len(question.points_px):
             return None
         return [(question.box_px, question.points_px, np.array(labels))]
     if question.task == "box":
-        boxes = data.parse_boxes(text)
-        to_pixels = lambda box: data.rescale(box, question.frame, question.image.size)
-        return boxes and [(to_pixels(box), np.zeros((0, 2)), np.zeros(0)) for box in boxes]
-    found, _ = data.instances_px(text, question.frame, question.image.size)
+        boxes, inside = data.boxes_px(data.parse_boxes(text) or [], question.frame, size)
+        return [(box, np.zeros((0, 2)), np.zeros(0)) for box in boxes[inside]] or None
+    found, _ = data.instances_px(text, question.frame, size)
     return found and [(box, points, np.ones(len(points))) for box, points in found]
 
 
 def mask_reward(texts, question, segmenter):
     """IoU of the truth with what SAM makes of each answer. The image is embedded once and all
-    instances of all answers are decoded together. Where there is nothing to find, 1 for an answer
-    that says so. What SAM cannot do is an error, not a 0. Source: Think2Seg-RS."""
+    instances of all answers are decoded together. Where there is nothing to find, 1 for an empty
+    list. What SAM cannot do is an error, not a 0. Source: Think2Seg-RS."""
+    if not question.mask.any():
+        # NOTE: not the IoU: SAM may make an empty mask of a box, and boxes would pay
+        return [float(data.find_instances(text)[0] == []) for text in texts]
     asked = [sam_prompts(text, question) for text in texts]
     segmenter.set_image(question.image)
     masks = segmenter.segment_unions([prompts or [] for prompts in asked])
-    ious = [data.mask_iou(mask, question.mask)[2] for mask, _ in masks]
-    return [0.0 if prompts is None else iou for prompts, iou in zip(asked, ious)]
+    return [data.mask_iou(mask, question.mask)[2] for mask, _ in masks]
 
 
 REWARDS = ("box", "point", "mask", "json", "format")

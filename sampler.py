@@ -971,13 +971,15 @@ class Segmenter:
         boxes, points, labels = zip(*prompts)
         points = to_tensor(np.stack([np.reshape(p, (count, 2)) for p in points]))  # (K, N, 2)
         resize, size = predictor.transform, predictor.original_size
-        masks, scores, _ = predictor.predict_torch(
+        masks, scores, logits = predictor.predict_torch(
             point_coords=resize.apply_coords_torch(points, size) if count else None,
             point_labels=to_tensor(np.stack(labels)) if count else None,  # (K, N)
             boxes=resize.apply_boxes_torch(to_tensor(np.stack(boxes)), size),  # (K, 4)
             multimask_output=self.multimask,
-        )  # (K, 1 or 3, H, W), (K, 1 or 3)
-        if not scores.isfinite().all():  # its mask would be empty, as if nothing had been found
+        )  # (K, 1 or 3, H, W), (K, 1 or 3), (K, 1 or 3, 256, 256)
+        if not (
+            scores.isfinite().all() and logits.isfinite().all()
+        ):  # its mask would be empty, as if nothing had been found
             raise InputError("SAM answers nan: its weights are damaged, fetch --sam_ckpt again")
         best = scores.argmax(1).tolist()
         return [(m[k].cpu().numpy(), s[k].item()) for m, s, k in zip(masks, scores, best)]

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import box_scale, encode_rle, mask_to_box, place_of, place_words, size_word
+from data import box_scale, components, encode_rle, mask_to_box, place_of, place_words, size_word
 from sampler import InputError
 
 SIZE = 128  # pixels, both sides
@@ -288,7 +288,7 @@ def ask_use(rng, objects):
         color = str(rng.choice([o.color for o in targets] or list(COLORS)))
         targets = [o for o in targets if o.color == color]
     what = f"{color} {name}" if color else name
-    asked = [f"{q[:-1]}? The {color} ones." if color else q for q in USES[name]]
+    asked = [f"{q} The {color} ones." if color else q for q in USES[name]]
     return asked, f"{what}: {len(targets)}.", targets
 
 
@@ -310,13 +310,15 @@ def draw_question(rng):
     names, pair = rng.choice(list(USES), 2, replace=False).tolist(), None
     if rng.random() < 0.3:
         names = pair = list(SERVICES)[rng.integers(len(SERVICES))]
-    asked = None
-    while asked is None:
+    while True:
         image, objects = draw_scene(rng, int(rng.integers(1, 5)), names=names)
         asked = ask_service(objects, pair) if pair else ask_use(rng, objects)
-    questions, reason, targets = asked
-    mask = np.any([np.zeros((SIZE, SIZE), bool), *(o.mask for o in targets)], axis=0)
-    return image, mask, questions, reason
+        if asked is None:
+            continue
+        questions, reason, targets = asked
+        mask = np.any([np.zeros((SIZE, SIZE), bool), *(o.mask for o in targets)], axis=0)
+        if len(components(mask)) == len(targets):  # two that touch would be read as one
+            return image, mask, questions, reason
 
 
 def make_demo_reason(data_root, seed=1, counts=REASON_IMAGES):
