@@ -653,7 +653,10 @@ def find_file(files, name, kind, folder):
 
 def read_lines(path):
     """[(number, bytes)] of the lines of a text file that are not blank."""
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -891,7 +894,8 @@ def read_set(option, data_root, split, problems):
         samples, splits = read_refer(root, name, split, problems)
     if not samples and not problems:
         others = ", ".join(sorted(splits - {split})[:10])
-        raise InputError(f"{folder} has no split {split!r} (found: {others or 'no refs'})")
+        lacks = "nothing in" if split in splits else "no"
+        raise InputError(f"{folder} has {lacks} split {split!r} (found: {others or 'no refs'})")
     unique = {}
     for sample in samples:
         with noting(problems):
@@ -1032,7 +1036,10 @@ THINK = "Reason between <think> and </think> first, then answer between <answer>
 NO_THINK = "Answer between <answer> and </answer>, without any reasoning."
 
 
-PROMPTS_HELP = "points: a box, then the labels of a grid in it; sam: all instances at once, think"
+PROMPTS_HELP = (
+    "points: a box, then the labels of a grid in it; sam: all instances at once, always with "
+    "reasoning (flags about grids and shares of tasks say nothing then)"
+)
 MOST_CHARS = 2000  # of a phrase: some 500 tokens
 MOST_PHRASES = 100  # of a sample
 CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], " ")  # Unicode's category Cc
@@ -1173,10 +1180,9 @@ def true_instances(mask):
     """[(box (4,), two points in it (2, 2))] in pixels, for every instance of the truth; for the
     largest, where they are more than an answer may have."""
     parts = components(mask)
-    if len(parts) > MOST_INSTANCES:
-        least = sorted(part.sum() for part in parts)[-MOST_INSTANCES]
-        parts = [part for part in parts if part.sum() >= least][:MOST_INSTANCES]
-    return [(mask_to_box(part), inner_points(part)) for part in parts]
+    largest = np.argsort([-part.sum() for part in parts], kind="stable")[:MOST_INSTANCES]
+    chosen = [parts[i] for i in sorted(largest)]
+    return [(mask_to_box(part), inner_points(part)) for part in chosen]
 
 
 # ------------------------------------------------------------------------- answers

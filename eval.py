@@ -10,12 +10,17 @@ For every phrase of the split:
     IoU = I / U    mIoU = mean IoU    oIoU = sum I / sum U    Pr@t = share of samples with IoU >= t
 
 All metrics run over *all* samples. An answer without a readable box is an empty mask: I = 0, U =
-the truth's area. One without readable labels leaves SAM the box alone; its point accuracy is 0.
+the truth's area, and IoU = 0 also where there is nothing to find; whoever finds nothing there has
+an IoU of 1. One without readable labels leaves SAM the box alone; its point accuracy is 0.
+
+With `--prompts sam` one answer takes the place of stages I and II: a list of all instances, each
+with a box and two points, which may be empty.
 
     python eval.py                                   # runs/grpo, else runs/sft, else the base model
     python eval.py --use_think --save_img            # reason first; write overlays
     python eval.py --oracle points --points none     # SAM with true boxes only
     python eval.py --image photo.jpg --query "the ship on the left"
+    python eval.py --option refsegrs,risbench --data_root …          # several sets, one table
     torchrun --nproc_per_node 4 eval.py --eval_model_path … --data_root … --option RRSISD \\
         --sam_ckpt sam_vit_h_4b8939.pth
 """
@@ -59,7 +64,7 @@ def get_args(argv=None):
     bare = {"type": flag, "nargs": "?", "const": True, "default": False}
     # what to evaluate
     add("--eval_model_path", help="model folder or hub name (default: runs/grpo, runs/sft or base)")
-    add("--option", default="demo", help="a set: demo, RRSISD, earthreason ... (README: Data)")
+    add("--option", default="demo", help="set: demo, RRSISD, refsegrs ...; several: a,b")
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--split", default="test", help="split to evaluate")
     add("--skip_bad", action=on_off, default=False, help="leave bad records out, and list them")
@@ -104,6 +109,8 @@ def get_args(argv=None):
         parser.error("--best_of needs answers that differ: set --temperature, for example 0.9")
     if args.prompts == "sam":
         args.use_think = True
+        if args.best_of > 1:
+            parser.error("--best_of: an empty list of --prompts sam has no score to be chosen by")
         if args.oracle == "box" and args.points != "none":
             parser.error(
                 "--prompts sam: --oracle points has the true points, --points none has none"
@@ -179,6 +186,16 @@ def point_score(labels, points_px, mask):
     if labels is None or len(labels) != len(points_px) or not len(labels):
         return float(not len(points_px) and not mask.any())
     return float((np.array(labels) == sampler.label_points(points_px, mask)).mean())
+
+
+def answer_scores(row, truth, prompts):
+    """(box IoU, point accuracy) of an answer. What cannot be read is never right, not even where
+    there is nothing to find."""
+    if row["failed"]:
+        return 0.0, 0.0
+    boxes = true_boxes(truth, prompts)
+    points = point_score(row["labels"], row["points_px"], truth)
+    return box_score(row["box_px"], boxes), points
 
 
 # ------------------------------------------------------------------------- the three stages
@@ -309,7 +326,8 @@ def predict(model, processor, images, phrases, truths, args):
         rng = np.random.default_rng([args.seed, zlib.crc32(phrase.encode())])
         grids = [place_points(box, *image.size, args, rng) for box in found]
         points = np.concatenate([np.zeros((0, 2)), *grids])
-        row.update(box_px=found, points_px=points, grids=grids, failed=not len(found))
+        row.update(box_px=found, points_px=points, grids=grids)
+        row["failed"] = not len(found) and not args.oracle  # there may be nothing to find
     if args.oracle == "points":
         for row, truth in zip(rows, truths):
             row["labels"] = sampler.label_points(row["points_px"], truth).tolist()
@@ -354,6 +372,7 @@ def compare(mask, truth, size):
 def score(row, sample, sentence, truth, mask, sam_score, args):
     """The line of predictions.jsonl for one phrase."""
     inter, union, iou = compare(mask, truth, args.size)
+    box, points = answer_scores(row, truth, args.prompts)
     share = data.box_scale(data.mask_to_box(truth), truth.shape[1], truth.shape[0])
     judged = args.points != "none"
     return {
@@ -374,9 +393,9 @@ def score(row, sample, sentence, truth, mask, sam_score, args):
         "rle": data.encode_rle(mask),
         "inter": inter,
         "union": union,
-        "iou": iou,
-        "box_iou": box_score(row["box_px"], true_boxes(truth, args.prompts)),
-        "point_acc": point_score(row["labels"], row["points_px"], truth) if judged else None,
+        "iou": iou * (not row["failed"]),
+        "box_iou": box,
+        "point_acc": points if judged else None,
         **{key: row[key] for key in ("failed", "repaired") if key in row},
     }
 
@@ -428,9 +447,7 @@ def validate(
         images = open_images(batch)
         rows = predict(model, processor, images, phrases, truths, args)
         for row, truth in zip(rows, truths):
-            points = point_score(row["labels"], row["points_px"], truth)
-            box = box_score(row["box_px"], true_boxes(truth, prompts))
-            totals += torch.tensor([box, points, 1], device=model.device)
+            totals += torch.tensor([*answer_scores(row, truth, prompts), 1], device=model.device)
     if world > 1:
         dist.all_reduce(totals)
     return {"box_iou": (totals[0] / totals[2]).item(), "point_acc": (totals[1] / totals[2]).item()}
@@ -560,6 +577,8 @@ def table(groups):
     """Lines of a table of metrics, one for each name in `groups`."""
     names = ["n", "mIoU", "oIoU", *(f"Pr@{t}" for t in THRESHOLDS), "box IoU", "points"]
     keys = ["n", "miou", "oiou", *(f"pr@{t}" for t in THRESHOLDS), "box_iou", "point_acc"]
+    if any(m["n_no_target"] for m in groups.values()):
+        names, keys = [*names, "none"], [*keys, "no_target_acc"]
     lines = [f"{'':<24}" + "".join(f"{name:>8}" for name in names)]
     for name, m in groups.items():
         cells = ["-" if m[k] is None else m[k] if k == "n" else f"{m[k]:.3f}" for k in keys]
@@ -567,19 +586,23 @@ def table(groups):
     return lines
 
 
+def protocol_line(protocol, *less):
+    less = {"metrics", *less}
+    return " · ".join(f"{key} {value}" for key, value in protocol.items() if key not in less)
+
+
 def report(metrics):
     """What is printed of one set: how it was run, the table, what the metrics mean."""
-    lines = [" · ".join(f"{key} {value}" for key, value in metrics["protocol"].items()), ""]
+    protocol = metrics["protocol"]
+    lines = [protocol_line(protocol), ""]
     groups = {"all": metrics}
     groups |= {f"{name} ({SCALES[name]})": m for name, m in metrics["by_scale"].items()}
     lines += table(groups | metrics["by_class"])
-    lines.append(f"\n{metrics['n_failed']} of {metrics['n']} answers without a readable box")
-    lines.append(
-        "mIoU, also gIoU: mean IoU of all phrases, 1 for nothing found where there is nothing; "
-        "oIoU, also cIoU: sum I / sum U of all phrases"
-    )
+    what = "list" if protocol["prompts"] == "sam" else "box"
+    lines.append(f"\n{metrics['n_failed']} of {metrics['n']} answers without a readable {what}")
+    lines.append(protocol["metrics"])
     if metrics["n_no_target"]:
-        found = f"{metrics['no_target_acc']:.3f} of them left unmarked"
+        found = f"{metrics['no_target_acc']:.3f} of them left unmarked (none)"
         lines.append(f"{metrics['n_no_target']} phrases without a target, {found}")
     if "oracle_miou" in metrics:
         peek = "best of n chosen by the truth (an oracle, not a result): mIoU"
@@ -608,7 +631,8 @@ def segment_one(image, args, model, processor, segmenter, folder):
     overlay(image, row, args.query, args.theta, mask).save(f"{name}_overlay.png")
     print(f"box answer    {row['answer_box']}")
     print(f"point answer  {row['answer_points']}")
-    print(f"box (pixels)  {row['box_px'].round(1).tolist() or 'none is readable'}")
+    none = "none is readable" if row["failed"] else "none: there is nothing to find"
+    print(f"box (pixels)  {row['box_px'].round(1).tolist() or none}")
     points = row["points_px"].round(1).tolist()
     for point, label, sure in zip(points, row["labels"] or (), row["confidence"]):
         kept = "" if sure >= args.theta else ", dropped"
@@ -617,23 +641,31 @@ def segment_one(image, args, model, processor, segmenter, folder):
     print(f"written: {name}_mask.png and {name}_overlay.png")
 
 
+METRICS = (
+    "mIoU, also gIoU: mean IoU of all phrases, 1 for nothing found where there is nothing; "
+    "oIoU, also cIoU: sum I / sum U of all phrases"
+)
+
+
 def protocol_of(args, path):
     """What was run, for metrics.json and the head of the table."""
     scaled = f"alpha={args.alpha:g} k={args.k_min}-{args.k_max}"
     sides = f"k={args.k_min}" if args.points == "fixed" else scaled
     grid = f"{args.points} {sides} theta={args.theta:g}"
-    grid = "two per instance (--prompts sam)" if args.prompts == "sam" else grid
+    grid = "two per instance" if args.prompts == "sam" else grid
     return {
         "option": args.option,
         "split": args.split,
         "model": f"oracle {args.oracle}" if args.oracle else path,
         "sam": "tiny_sam" if args.sam_ckpt == str(sampler.TINY_SAM) else Path(args.sam_ckpt).name,
         "size": f"{args.size} x {args.size}, as some papers" if args.size else "native",
+        "prompts": args.prompts,
         "use_think": args.use_think,
         "points": ("none" if args.points == "none" else grid) + " multimask" * args.multimask,
         "decoding": f"tau={args.temperature:g} best of {args.best_of}"
         if args.temperature
         else "greedy",
+        "metrics": METRICS,
     }
 
 
@@ -764,7 +796,8 @@ def main(args):
         into = folder / option if len(options) > 1 else folder
         sets[option] = evaluate_set(one, into, path, model, processor, segmenter, rank, world)
     if rank == 0 and len(options) > 1:
-        print("\n".join(["", *table(sets)]))
+        (protocol, *_) = (metrics["protocol"] for metrics in sets.values())
+        print("\n".join(["", protocol_line(protocol, "option"), "", *table(sets)]))
     if world > 1:
         dist.destroy_process_group()
 

@@ -150,6 +150,8 @@ def check_args(parser, args):
     sft.check_range(parser, args, "group", 2)  # one alone has nothing to be compared with
     names = "val_limit max_step lora_rank seed beta lr weight_decay jitter eps_high"
     sft.check_range(parser, args, names, 0)
+    names = " ".join(f"{name}_weight" for name in REWARDS)
+    sft.check_range(parser, args, names, 0, 1e6)
     ratios = "point_ratio miss_ratio think_ratio warmup eps_low"
     sft.check_range(parser, args, ratios, 0, 1)
     sft.check_range(parser, args, "clip temperature ref_patience", 1e-9)

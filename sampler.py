@@ -977,9 +977,8 @@ class Segmenter:
             boxes=resize.apply_boxes_torch(to_tensor(np.stack(boxes)), size),  # (K, 4)
             multimask_output=self.multimask,
         )  # (K, 1 or 3, H, W), (K, 1 or 3), (K, 1 or 3, 256, 256)
-        if not (
-            scores.isfinite().all() and logits.isfinite().all()
-        ):  # its mask would be empty, as if nothing had been found
+        # the mask of a nan is empty, as if nothing had been found
+        if not (scores.isfinite().all() and logits.isfinite().all()):
             raise InputError("SAM answers nan: its weights are damaged, fetch --sam_ckpt again")
         best = scores.argmax(1).tolist()
         return [(m[k].cpu().numpy(), s[k].item()) for m, s, k in zip(masks, scores, best)]

@@ -2,7 +2,8 @@
 
 1. Every micro-batch asks one task: the box of a phrase, or the labels of a grid of points in a box
    (`--point_ratio`): the true one, jittered, or that of another object in the image, as a predicted
-   box can be (`--miss_ratio`). Reasoning is left to GRPO (but for `--think_ratio`).
+   box can be (`--miss_ratio`). Reasoning is left to GRPO (but for `--think_ratio`). With `--prompts
+   sam` one question takes the place of both: all instances, as a list, after a line of reasoning.
 2. Cross-entropy falls on the answer's tokens only:
 
        loss = - sum_t log p(answer_t | image, prompt, answer_<t) / number of answer tokens
@@ -19,6 +20,7 @@
 
     python sft.py                                   # the demo: minutes on two CPU cores
     python sft.py --resume                          # go on with a run that was cut off
+    python sft.py --option demo_reason --prompts sam --version_name sft_reason
     torchrun --nproc_per_node 4 sft.py --model_path Qwen/Qwen3-VL-8B-Instruct \\
         --data_root /path/to/RRSIS-D --option RRSISD --gradient_checkpointing
 
@@ -284,9 +286,10 @@ def check_skips(in_a_row, most):
 # stopped, and beside it its sha256. Process 0 also holds what all have in common.
 
 # settings that may differ when a run goes on; all others must be those of the run. What
-# --model_path and --data_root lead to is compared, not the paths.
-FREE = """model_path data_root log_dir version_name resume keep save_step max_skips merge workers
-skip_bad device gradient_checkpointing val_batch_size ref_url ref_device ref_patience""".split()
+# --model_path, --data_root and --sam_ckpt lead to is compared, not the paths.
+FREE = """model_path data_root sam_ckpt log_dir version_name resume keep save_step max_skips
+merge workers skip_bad device gradient_checkpointing val_batch_size ref_url ref_device
+ref_patience""".split()
 
 
 def settings_of(args, model, processor, samples):
@@ -294,6 +297,8 @@ def settings_of(args, model, processor, samples):
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     settings["dtype of the model"] = str(model.dtype)
     settings["fingerprint of the model"] = sampler.fingerprint(model, processor)
+    if "mask" in getattr(args, "reward", ()):
+        settings["checksum of --sam_ckpt"] = sha256(args.sam_ckpt)
     return {**settings, "checksum of the data": digest(samples)}
 
 

@@ -102,7 +102,7 @@ def test_the_demo_and_the_recipe_resolve_to_their_own_numbers():
     rate = lambda *options: sft.get_args(list(options)).lr
     real = sft.get_args(["--option", "RRSISD"])
     assert (real.lr, real.accumulate, real.epochs, real.think_ratio) == (5e-5, 8, 2, 0)
-    assert rate() == rate("--option", "demo_reason:2,demo") == sft.DEFAULTS["lr"][1]
+    assert rate() == rate("--option", "demo_reason : 2, demo") == sft.DEFAULTS["lr"][1]
     assert rate("--option", "demo,RRSISD") == real.lr and rate("--lr", "7") == 7
 
 
