@@ -125,7 +125,7 @@ def test_the_outputs_hold_what_the_contract_names(evaluated, small_set):
     folder, metrics, rows = evaluated
     keys = "n n_failed n_skipped miou oiou pr@0.5 pr@0.9 box_iou point_acc by_scale by_class"
     assert {*keys.split(), "seconds", "protocol"} <= set(metrics)
-    protocol = "option split model sam size use_think points decoding"
+    protocol = "option split model sam size prompts use_think points decoding metrics"
     assert set(protocol.split()) == set(metrics["protocol"])
     keys = "ref_id image phrase answer_box answer_points box_px points_px labels confidence"
     keys += " rle inter union iou"

@@ -28,11 +28,15 @@ DECIMALS = ["Llava", "LlavaNext", "LlavaOnevision"]
 # ------------------------------------------------------------------------- the scripts
 
 
-@pytest.mark.parametrize("kind", TILED)
-def test_training_and_evaluation_run_on_every_family(kind, tmp_path, small_set, monkeypatch):
+@pytest.mark.parametrize(
+    "kind, prompts", [*((kind, "points") for kind in TILED), ("InternVL", "sam"), ("Llava", "sam")]
+)
+def test_training_and_evaluation_run_on_every_family(
+    kind, prompts, tmp_path, small_set, monkeypatch
+):
     """SFT, GRPO with a reference of its own, evaluation, each from the folder of the one before."""
     base, common = saved_policy(kind, tmp_path / "base"), ["--data_root", str(small_set)]
-    common += ["--log_dir", str(tmp_path)]
+    common += ["--log_dir", str(tmp_path), "--prompts", prompts]
     train = ["--max_step", "2", "--batch_size", "3", "--val_limit", "2", "--lora_rank", "4"]
     train += ["--gradient_checkpointing", "--lr", "1e-2"]
     sft.main(sft.get_args([*common, *train, "--model_path", base, "--accumulate", "1"]))
@@ -42,10 +46,11 @@ def test_training_and_evaluation_run_on_every_family(kind, tmp_path, small_set, 
     assert (adapter[f"base_model.model.{key}"] - before[key]).abs().max() > 1e-3
 
     luck = count()  # what random weights write is worth nothing: let rewards differ by chance
-    chance = lambda text, answer: float(next(luck) % 2)
-    monkeypatch.setattr(grpo, "box_reward", chance)
-    monkeypatch.setattr(grpo, "point_reward", chance)
-    grpo.main(grpo.get_args([*common, *train, "--group", "3", "--max_new_tokens", "6"]))
+    chance = lambda text, truth: float(next(luck) % 2)
+    for name in ("box_reward", "point_reward", "instance_reward"):
+        monkeypatch.setattr(grpo, name, chance)
+    train += ["--group", "3", "--max_new_tokens", "6", "--reward", "box,point,mask"]
+    grpo.main(grpo.get_args([*common, *train]))
     lines = [json.loads(line) for line in open(tmp_path / "grpo" / "train.jsonl")]
     assert abs(lines[0]["kl"]) < 1e-6 < lines[1]["kl"] and lines[0]["rollout_gap"] < 1e-5
     assert all(line["grad_norm"] > 0 and line["skipped"] == 0 for line in lines)
