@@ -254,19 +254,18 @@ REWARDS = ("box", "point", "mask", "json", "format")
 
 def reward_group(texts, question, args, segmenter):
     """{name: rewards (G,)} of the completions of one question, as --reward and its task have it."""
-    answer, each = question.answer, {}
     if question.task == "sam":
-        each["box"] = [instance_reward(text, question) for text in texts]
-        each["point"] = [on_target_reward(text, question) for text in texts]
+        judges, truth = {"box": instance_reward, "point": on_target_reward}, question
     else:
-        score = box_reward if question.task == "box" else point_reward
-        each[question.task] = [score(text, answer) for text in texts]
-    each = {name: rewards for name, rewards in each.items() if name in args.reward}
+        judge = box_reward if question.task == "box" else point_reward
+        judges, truth = {question.task: judge}, question.answer
+    asked = [name for name in judges if name in args.reward]
+    each = {name: [judges[name](text, truth) for text in texts] for name in asked}
     if "mask" in args.reward:
         each["mask"] = mask_reward(texts, question, segmenter)
     if question.task == "sam":
         each["json"] = [json_reward(text) for text in texts]
-    each["format"] = [format_reward(text, answer) for text in texts]
+    each["format"] = [format_reward(text, question.answer) for text in texts]
     return {name: torch.tensor(rewards) for name, rewards in each.items()}
 
 
