@@ -503,6 +503,22 @@ def test_both_stages_and_the_evaluation_run_on_it(reason_set, run, tmp_path):
     assert [metrics[name] for name in names] == [0, 0, 0, 0]
 
 
+def test_validation_asks_and_scores_as_training_does(reason_set, tiny, monkeypatch):
+    samples = data.load_samples("demo_reason", reason_set, "train")
+    seen = []
+
+    def right(model, processor, images, phrases, truths, args):
+        seen.append((args.prompts, args.use_think))
+        return evaluation.predict_instances(None, None, images, phrases, truths, oracle)
+
+    oracle = evaluation.get_args("--prompts sam --oracle points".split())
+    monkeypatch.setattr(evaluation, "predict", right)
+    args = SimpleNamespace(val_batch_size=5, val_limit=99, prompts="sam")
+    scores = evaluation.validate_both(*tiny, samples, args)
+    assert set(seen) == {("sam", True)} and len(seen) == 3
+    assert scores == {"think": {"box_iou": 1, "point_acc": 1}}
+
+
 def test_answers_to_other_prompts_are_told_apart():
     state = lambda *options: evaluation.protocol_of(evaluation.get_args(list(options)), "model")
     without = "--use_think", "--points", "none"
