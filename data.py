@@ -1644,4 +1644,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, get_args())
+    run_script(main, get_args)

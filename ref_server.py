@@ -591,4 +591,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sampler.run_script(main, get_args())
+    sampler.run_script(main, get_args)

@@ -53,10 +53,10 @@ class InputError(ValueError):
     """Bad input: one line that says what was found, what was expected and what mends it."""
 
 
-def run_script(main, args):
-    """main(args); what a user can mend (bad input, a full disk, Ctrl-C) ends in one line."""
+def run_script(main, get_args):
+    """main(get_args()); what a user can mend (bad input, a full disk, Ctrl-C) ends in one line."""
     try:
-        main(args)
+        main(get_args())
     except (InputError, OSError) as error:
         # a data worker's error comes with its traceback: the last line is ours
         line = (

@@ -255,7 +255,7 @@ import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import ref_server, sampler
 sampler.load_policy = lambda *_: (print("loading", flush=True), time.sleep(60))
-sampler.run_script(ref_server.main, ref_server.get_args())
+sampler.run_script(ref_server.main, ref_server.get_args)
 """
 
 

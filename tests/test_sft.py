@@ -106,6 +106,12 @@ def test_the_demo_and_the_recipe_resolve_to_their_own_numbers():
     assert rate("--option", "demo,RRSISD") == real.lr and rate("--lr", "7") == 7
 
 
+@pytest.mark.parametrize("script", ["sft.py", "grpo.py"])
+def test_a_set_that_cannot_be_meant_ends_in_one_line(script, run):
+    (line,) = run(f"{script} --option a:x", fails=True).splitlines()
+    assert line.startswith("error: --option a:x: 'a:x', expected the name of a set")
+
+
 SHORT = "--max_step 2 --accumulate 2 --lora_rank 4 --lora_dropout 0 --val_limit 0"
 
 
