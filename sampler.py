@@ -353,7 +353,7 @@ def read(model, prompt):
         positions, following = prompt_positions(model, prompt)
         out = model.model(**prompt, position_ids=positions, use_cache=True)
         seen, hidden = prompt["attention_mask"].bool(), out.last_hidden_state[:, -1]
-    return Context(out.past_key_values, seen, following, hidden)
+    return Context(out.cache, seen, following, hidden)
 
 
 def read_on(model, context, rows, text):
@@ -372,7 +372,7 @@ def read_on(model, context, rows, text):
             input_ids=text["input_ids"],
             attention_mask=seen.long(),
             position_ids=text_positions(model, following[:, None] + (places - 1).clamp(min=0)),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
     return Context(cache, seen, following + places[:, -1], hidden)
@@ -437,7 +437,7 @@ def decode(model, processor, context, group, max_new_tokens, temperature):
                 input_ids=token,
                 attention_mask=bias,
                 position_ids=text_positions(model, position),
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             ).last_hidden_state.flatten(0, 1)
     return ids[:, : step + 1], mask[:, : step + 1], logp[:, : step + 1]
@@ -676,7 +676,7 @@ def make_trainable(model, args, dropout):
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, dropout)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained if dist.is_initialized() else ():  # LoRA's A is random: take rank 0's

@@ -222,7 +222,7 @@ def test_the_shared_prefix_gives_what_the_padded_batch_gives(kind, checkpointing
     prompt = unlike_prompts(processor)
     torch.manual_seed(0)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
     completions, mask, _ = sampler.sample_group(model, processor, prompt, 4, 13, 1.5)
     mask = mask & (torch.arange(13) < torch.tensor([13, 1, 5, 9] * 3)[:, None])
