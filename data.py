@@ -33,7 +33,6 @@ import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -190,7 +189,8 @@ def inner_points(mask):
     pixels = np.stack([columns, rows], -1)  # (N, 2)
     first = pixels[depth[rows, columns].argmax()]
     second = pixels[((pixels - first) ** 2).sum(1).argmax()]
-    return np.stack([first, second]) * step - step + np.array([x1, y1]) + 0.5
+    # NOTE: a hair before the centre, which rounding to whole pixels would carry into the next one
+    return np.stack([first, second]) * step - step + np.array([x1, y1]) + 0.5 - 1e-6
 
 
 # ------------------------------------------------------------------------- masks on disk: COCO RLE
@@ -499,17 +499,7 @@ def make_sample(path, raw, name, ref_id, split, segmentation, size=None, reasons
     letters = lambda text: re.sub("[^a-z]", "", text.lower())
     weak = any(letters(phrase) == letters(class_name) for phrase in phrases)
     reasons = [text for text in map(plain_text, reasons) if text]
-    return Sample(
-        image_path=path,
-        phrases=phrases,
-        class_name=class_name,
-        ref_id=ref_id,
-        split=split,
-        segmentation=segmentation,
-        size=size,
-        weak=weak,
-        reasons=reasons,
-    )
+    return Sample(path, phrases, class_name, ref_id, split, segmentation, size, weak, reasons)
 
 
 # ------------------------------------------------------------------------- the REFER layout
@@ -637,8 +627,9 @@ JSON_SUFFIX = re.compile(r"\.json$", re.IGNORECASE)
 
 
 def files_in(folder, suffix=IMAGE_SUFFIX):
-    """{name with suffix, and without: path} of the files of a kind in `folder`."""
-    listed = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []
+    """{name with suffix, and without: path} of the files of a kind in `folder`. Of 1.jpg and 1.png
+    the name 1 means the first."""
+    listed = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []  # the last stays
     names = [n for n in listed if suffix.search(n) and n[0] != "."]  # ._1.json: macOS's notes
     return {cut: folder / n for n in names for cut in (suffix.sub("", n), n)}
 
@@ -712,7 +703,7 @@ def read_earthreason(folder, split, problems):
 
 def read_phrases(folder, split, problems, images, masks):
     """A line of output_phrase_<split>.txt is the name of an image and a phrase; `images`, `masks`:
-    the folders where they lie.
+    the names of the folders where they lie.
 
     An image may have several lines, so ref_id is <name>_<number of the line>: no other line has it,
     it does not depend on what else is read, and says where to look.
@@ -730,27 +721,22 @@ def read_phrases(folder, split, problems, images, masks):
     return samples
 
 
-def _annotations(path):
-    """The list of an image's annotations."""
-    annotations = read_object(path).get("annotations")
-    if not isinstance(annotations, list):
-        raise InputError(f"{path.name!r} has no list annotations")
-    return annotations
-
-
-def read_risors(folder, split, problems):
+def read_risors(folder, split, problems, images, tables):
     """A line of RISORS_<split>.txt is the name of an image; Annotations/<name>.json has its objects
     (and some of area 0, which are none). ref_id is <name>_<place in that list>."""
     path, samples = folder / f"RISORS_{split}.txt", []
-    images, tables = folder / "JPEGImages", folder / "Annotations"
+    images, tables = folder / images, folder / tables
     image_files, table_files = files_in(images), files_in(tables, JSON_SUFFIX)
     for number, line in read_lines(path):
         annotations = []
         with noting(problems), naming(f"line {number} of {path.name}"):
-            name = utf_8(line).strip()
+            name = JSON_SUFFIX.sub("", utf_8(line).strip())
             image = find_file(image_files, name, "image", images)
             table = find_file(table_files, name, "annotation", tables)
-            annotations = _annotations(table)
+            listed = read_object(table).get("annotations")
+            if not isinstance(listed, list):
+                raise InputError(f"{table.name!r} has no list annotations")
+            annotations = listed
         for place, annotation in enumerate(annotations):
             with noting(problems), naming(f"annotation {place} of {table.name!r}"):
                 if not isinstance(annotation, dict):
@@ -758,6 +744,7 @@ def read_risors(folder, split, problems):
                 if annotation.get("area") == 0:
                     continue
                 raw = texts_of(annotation.get("description"), "description") or [""]
+                raw = [re.sub(r"<(\w+)>", r"\1", text) for text in raw]  # "the <ship> on the left"
                 kind = annotation.get("name") if class_text(annotation.get("name")) else "object"
                 segmentation, ref_id = annotation.get("segmentation"), f"{image.stem}_{place}"
                 size = size_of(segmentation)
@@ -773,7 +760,7 @@ class Layout(NamedTuple):
 
     split: str  # what every split has, with {} for its name
     folders: tuple  # what lies beside
-    read: object  # (folder, split, problems) -> samples
+    read: object  # (folder, split, problems, *folders) -> samples
 
     def splits(self, folder):
         """The splits that are there; none if `folder` is of another layout."""
@@ -786,16 +773,8 @@ class Layout(NamedTuple):
 
 LAYOUTS = {
     "earthreason": Layout("{}/QAs", (), read_earthreason),
-    "refsegrs": Layout(
-        "output_phrase_{}.txt",
-        ("images", "masks"),
-        partial(read_phrases, images="images", masks="masks"),
-    ),
-    "risbench": Layout(
-        "output_phrase_{}.txt",
-        ("img_rgb", "mask"),
-        partial(read_phrases, images="img_rgb", masks="mask"),
-    ),
+    "refsegrs": Layout("output_phrase_{}.txt", ("images", "masks"), read_phrases),
+    "risbench": Layout("output_phrase_{}.txt", ("img_rgb", "mask"), read_phrases),
     "risors": Layout("RISORS_{}.txt", ("JPEGImages", "Annotations"), read_risors),
 }
 
@@ -887,7 +866,9 @@ def read_set(option, data_root, split, problems):
         folder, layout = found
         splits = set(layout.splits(folder))
         wanted = [name for name in SPLITS if name in splits and split in (None, name)]
-        samples = [s for name in wanted for s in layout.read(folder, name, problems)]
+        samples = []
+        for name in wanted:
+            samples += layout.read(folder, name, problems, *layout.folders)
     else:
         root, name = find_dataset(option, data_root)
         folder = root / name
@@ -919,13 +900,14 @@ def draw_demos(names, data_root):
     beside another set unless that is named too."""
     from assets.make_demo import make_demo, make_demo_reason
 
-    if "demo" in names:
-        others = sets_under(Path(data_root)) - {"demo_reason"}
-        if others and "demo" not in others and len(names) == 1:
+    known = sets_under(Path(data_root))
+    if "demo" in names and "demo" not in known:
+        others = known - {"demo_reason"}
+        if others and len(names) == 1:
             listed = ", ".join(sorted(others))
             raise InputError(f"{data_root} holds {listed}: name the set with --option")
         make_demo(data_root)
-    if "demo_reason" in names:
+    if "demo_reason" in names and "demo_reason" not in known:
         make_demo_reason(data_root)
 
 
@@ -1230,11 +1212,9 @@ def _is_box(box):
     return _are_numbers(box) and len(box) == 4 and box[0] < box[2] and box[1] < box[3]
 
 
-def _labels(text):
-    """Positions and values (N,) of the labels in the last <answer>[0,1,…]</answer>, or None.
-
-    Arrays, as an answer can be a megabyte long.
-    """
+def find_labels(text):
+    """Positions in `text` and values (N,) of the labels in its last <answer>[0,1,…]</answer>, or
+    None. No text raises. Arrays, as an answer can be a megabyte long."""
     span = _answer_span(text)
     if span is None:
         return None
@@ -1250,15 +1230,9 @@ def _labels(text):
     return np.flatnonzero(digits <= 1) + span[0], values
 
 
-def label_positions(text):
-    """Index into `text` of every 0/1 in its last <answer>[0,1,…]</answer>, or None."""
-    labels = _labels(text)
-    return None if labels is None else labels[0].tolist()
-
-
 def parse_labels(text):
     """A model's text -> list of labels 0/1, or None if it is not a list of them. No text raises."""
-    labels = _labels(text)
+    labels = find_labels(text)
     return None if labels is None else labels[1].tolist()
 
 
@@ -1277,7 +1251,7 @@ def parse_instances(text):
     """A model's text -> list of Instance, empty for [], or None. No text raises.
 
     Strict: the last <answer>…</answer> holds a JSON list of {"bbox_2d", "positive_points"}, with
-    two points each, and nothing else.
+    two points each, and nothing else; 64 instances and 12,800 characters at most.
     """
     span = _answer_span(text)
     if span is None or span[1] - span[0] > 200 * MOST_INSTANCES:
@@ -1303,7 +1277,7 @@ def parse_instances(text):
 
 def repair_instances(text):
     """What can be made out in an answer that parse_instances refuses: its legible boxes, with
-    corners put in order, each with the points written behind it, however many. An empty list only
+    corners put in order, each with the points that stand by it, however many. An empty list only
     where one is written; None if nothing is legible. No text raises.
 
     SAM can use what was cut off in the middle or lacks a bracket; json_reward gives nothing for it.
@@ -1316,14 +1290,19 @@ def repair_instances(text):
     places = list(islice(_OBJECT.finditer(body), MOST_INSTANCES + 1))
     if not places:
         return [] if body.replace("json", "").strip("` \n") == "[]" else None
-    found = []
-    ends = [place.start() for place in places[1:]] + [places[-1].end() + 1000]
+    found, last = [], 0
+    ends = [place.start() for place in places[1:]] + [len(body)]
     for place, end in zip(places[:MOST_INSTANCES], ends):
+        # its points stand between its brackets; where one is missing, as far as the next box
+        opening = body.rfind("{", max(last, place.start() - 1000), place.start())
+        start, last = opening if opening >= 0 else place.end(), place.end()
+        end = min(end, last + 1000)
+        closing = body.find("}", last, end)
+        pairs = map(_numbers, _PAIR.findall(body, start, closing if closing >= 0 else end))
         box = _numbers(place[1])
         if box is None or len(box) != 4:
             continue
         (x1, x2), (y1, y2) = sorted(box[::2]), sorted(box[1::2])
-        pairs = map(_numbers, _PAIR.findall(body, place.end(), min(end, place.end() + 1000)))
         if x1 < x2 and y1 < y2:
             found.append(Instance((x1, y1, x2, y2), [pair for pair in pairs if pair]))
     return found or None
@@ -1346,8 +1325,10 @@ def find_instances(text):
 
 
 def merge_duplicates(instances, most=0.5):
-    """Less those that were said before: whose box has an IoU above `most` with one that is kept."""
-    iou = box_iou(*[[instance.box for instance in instances]] * 2)
+    """[(box (4,), points)] less those that were said before: whose box has an IoU above `most` with
+    one that is kept. The truth goes through it too, where boxes are compared: ships moored side by
+    side may have such boxes."""
+    iou = box_iou(*[[box for box, _ in instances]] * 2)
     kept = []
     for i in range(len(instances)):
         if not (iou[i, kept] > most).any():
@@ -1364,14 +1345,15 @@ def boxes_px(boxes, frame, size):
 
 def instances_px(text, frame, size):
     """find_instances in pixels of an image of `size` (W, H), each said once, less those outside it:
-    ([(box (4,), points (N, 2))], whether they had to be repaired)."""
+    ([(box (4,), points (N, 2))], whether they had to be repaired). None if all lie outside: that
+    is not to say that there is nothing."""
     found, repaired = find_instances(text)
-    if found is None:
-        return None, False
+    if not found:
+        return found, repaired
     found = merge_duplicates(found)
     boxes, inside = boxes_px([box for box, _ in found], frame, size)
     grids = [np.reshape(rescale(points, frame, size), (-1, 2)) for _, points in found]
-    return [one for one, keep in zip(zip(boxes, grids), inside) if keep], repaired
+    return [one for one, keep in zip(zip(boxes, grids), inside) if keep] or None, repaired
 
 
 # ------------------------------------------------------------------------- questions

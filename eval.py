@@ -76,7 +76,7 @@ def get_args(argv=None):
     add("--use_think", **bare, help="reason before answering")
     add("--temperature", type=float, default=0.0, help="0: greedy")
     add("--best_of", type=int, default=1, help="answers per phrase; SAM and confidence pick one")
-    add("--max_new_tokens", type=int, default=256, help="limit of one answer")
+    add("--max_new_tokens", type=int, help="limit of one answer (256; 1024 with --prompts sam)")
     add("--batch_size", type=int, default=64, help="phrases per batch")
     # points and SAM
     add("--points", choices=["grid", "fixed", "random", "none"], default="grid", help="placement")
@@ -103,6 +103,8 @@ def get_args(argv=None):
         parser.error("--oracle and --best_of need a data set, not --image")
     if min(args.best_of, args.batch_size, args.k_min) < 1 or args.k_min > args.k_max:
         parser.error("--best_of, --batch_size and --k_min start at 1; --k_max is at least --k_min")
+    if args.max_new_tokens is None:  # an instance is some 40 tokens to Qwen's tokenizer
+        args.max_new_tokens = 1024 if args.prompts == "sam" else 256
     if args.temperature < 0 or args.max_new_tokens < 1 or args.seed < 0:
         parser.error("--temperature and --seed start at 0, --max_new_tokens at 1")
     if args.best_of > 1 and args.temperature == 0:
@@ -165,8 +167,10 @@ def summarize_groups(rows):
 def true_boxes(mask, prompts):
     """The boxes (M, 4) to answer with: one around all of the truth or, with --prompts sam, one
     around each instance."""
-    parts = data.components(mask) if prompts == "sam" else [mask] * int(mask.any())
-    return np.reshape([data.mask_to_box(part) for part in parts], (-1, 4))
+    boxes = [data.mask_to_box(mask)] * int(mask.any())
+    if prompts == "sam":
+        boxes = [box for box, _ in data.merge_duplicates(data.true_instances(mask))]
+    return np.reshape(boxes, (-1, 4))
 
 
 def box_score(boxes, truth):
@@ -267,9 +271,9 @@ def ask_labels(model, processor, views, phrases, points, args):
     answers = ask(model, processor, views, prompts, room, args)
     judged = []
     for (text, char_probs), p in zip(answers, points):
-        where, labels, confidence = data.label_positions(text), None, []
-        if where and len(where) == len(p):  # never a partial match of labels to points
-            labels = [int(text[i]) for i in where]
+        found, labels, confidence = data.find_labels(text), None, []
+        if found and len(found[1]) == len(p):  # never a partial match of labels to points
+            where, labels = found[0], found[1].tolist()
             confidence = char_probs[where].round(4).tolist()
         judged.append((text, labels, confidence))
     return judged
@@ -363,10 +367,12 @@ def segment(segmenter, image, key, row, args):
 
 def compare(mask, truth, size):
     """data.mask_iou at native size, or (--size) as papers have it that compare at size x size."""
-    if size:
-        fit = lambda m: np.asarray(Image.fromarray(m).resize((size, size), Image.NEAREST))
-        mask, truth = fit(mask), fit(truth)
-    return data.mask_iou(mask, truth)
+    if not size:
+        return data.mask_iou(mask, truth)
+    fit = lambda m: np.asarray(Image.fromarray(m).resize((size, size), Image.NEAREST))
+    inter, union, iou = data.mask_iou(fit(mask), fit(truth))
+    # NOTE: a small target may be gone at that size, and finding nothing is still a miss
+    return inter, union, iou if union or not truth.any() else 0.0
 
 
 def score(row, sample, sentence, truth, mask, sam_score, args):
@@ -629,8 +635,11 @@ def segment_one(image, args, model, processor, segmenter, folder):
     name = folder / Path(args.image).stem
     Image.fromarray(mask).save(f"{name}_mask.png")
     overlay(image, row, args.query, args.theta, mask).save(f"{name}_overlay.png")
-    print(f"box answer    {row['answer_box']}")
-    print(f"point answer  {row['answer_points']}")
+    if args.prompts == "sam":
+        print(f"answer        {row['answer_box']}")
+    else:
+        print(f"box answer    {row['answer_box']}")
+        print(f"point answer  {row['answer_points']}")
     none = "none is readable" if row["failed"] else "none: there is nothing to find"
     print(f"box (pixels)  {row['box_px'].round(1).tolist() or none}")
     points = row["points_px"].round(1).tolist()
@@ -709,17 +718,29 @@ def share_out(samples, done, rank, world):
     return [(sample, i) for sample, i in todo if (sample.ref_id, i) not in done]
 
 
-def evaluate_set(args, folder, path, model, processor, segmenter, rank, world):
+def load_sets(args, rank, world):
+    """{name: data.load_sound} of each set, before any is evaluated: a name that is not there should
+    not be noticed after hours."""
+    if world > 1 and rank > 0:
+        dist.barrier()  # for rank 0 to make the demo set
+    names = [name for name, _ in data.parse_option(args.option)]
+    sets = {n: data.load_sound(n, args.data_root, args.split, args.skip_bad) for n in names}
+    if world > 1 and rank == 0:
+        dist.barrier()
+    return sets
+
+
+def evaluate_set(args, folder, loaded, path, model, processor, segmenter):
     """The three stages over one set; its metrics, which process 0 writes and prints ({} in others).
-    path: where the model came from."""
+    loaded: what data.load_sound gave; path: where the model came from."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     start, wait = time.time(), dist.barrier if world > 1 else lambda: None
+    (samples, bad), protocol = loaded, protocol_of(args, path)
     folder.mkdir(parents=True, exist_ok=True)
 
     # 1. What is to be done, less what an earlier run has done.
     if rank > 0:
-        wait()  # for rank 0 to make the demo set and to gather what is there
-    samples, bad = data.load_sound(args.option, args.data_root, args.split, args.skip_bad)
-    protocol = protocol_of(args, path)
+        wait()  # for rank 0 to gather what is there
     if rank == 0:
         data.list_skipped(bad, samples, args.split)
         start_or_resume(folder, args, state_of(samples, protocol, path, args))
@@ -775,9 +796,11 @@ def main(args):
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     torch.manual_seed(args.seed + rank)
-    image = None
-    if args.image:  # before models are loaded for nothing
+    # before models are loaded for nothing
+    if args.image:
         image, args.query = data.open_image(args.image, upright=True), data.clean_phrase(args.query)
+    else:
+        sets = load_sets(args, rank, world)
     path = args.eval_model_path or default_model(args.log_dir)
     needs_model = args.oracle != "points" and not (args.oracle == "box" and args.points == "none")
     model, processor = sampler.load_policy(path, args.device) if needs_model else (None, None)
@@ -790,14 +813,14 @@ def main(args):
         return segment_one(image, args, model, processor, segmenter, folder)
 
     # 2. Each set; several have a folder each.
-    options, sets = [name for name, _ in data.parse_option(args.option)], {}
-    for option in options:
+    metrics = {}
+    for option, loaded in sets.items():
         one = argparse.Namespace(**{**vars(args), "option": option})
-        into = folder / option if len(options) > 1 else folder
-        sets[option] = evaluate_set(one, into, path, model, processor, segmenter, rank, world)
-    if rank == 0 and len(options) > 1:
-        (protocol, *_) = (metrics["protocol"] for metrics in sets.values())
-        print("\n".join(["", protocol_line(protocol, "option"), "", *table(sets)]))
+        into = folder / option if len(sets) > 1 else folder
+        metrics[option] = evaluate_set(one, into, loaded, path, model, processor, segmenter)
+    if rank == 0 and len(sets) > 1:
+        line = protocol_line(metrics[option]["protocol"], "option")
+        print("\n".join(["", line, "", *table(metrics), "", METRICS]))
     if world > 1:
         dist.destroy_process_group()
 

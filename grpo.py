@@ -8,7 +8,7 @@ SFT shows the model answers; here it finds its own. One update:
 2. **Sample** G completions of each prompt at temperature tau.
 3. **Reward** each: IoU of its boxes with the truth, or the share of points labelled right; or
    (`--reward mask`) IoU of the mask that SAM, frozen, makes of the answer. And 1 for keeping the
-   format.
+   format, and 1 for valid JSON: one that had to be repaired is read, but does not earn it.
 4. **Advantage**: how much better than its own group, adv = (r - mean) / (std + 1e-4). A group whose
    rewards are all alike says nothing and is dropped.
 5. **Reference**: a server (ref_server.py) gives log p_ref of the same tokens, meanwhile.
@@ -94,7 +94,7 @@ def get_args(argv=None):
     add("--jitter", type=float, default=0.1, help="box jitter of the point task, in box sides")
     add("--group", type=int, default=8, help="G, completions of each prompt")
     add("--temperature", type=float, default=0.9, help="tau, of sampling and of all log-probs")
-    add("--max_new_tokens", type=int, help="limit of one completion")
+    add("--max_new_tokens", type=int, help="limit of one completion; real lists 1024")
     # rewards
     add("--reward", default="box,point", help="what is rewarded beside the format: box,point,mask")
     add("--box_weight", type=float, default=1.0, help="of the boxes' IoU")
@@ -137,8 +137,14 @@ def get_args(argv=None):
             setattr(args, key, demo if data.is_demo(args.option) else recipe)
             if key == "lr" and not args.lora_rank:
                 args.lr /= 10
+            if key == "max_new_tokens" and args.prompts == "sam" and not data.is_demo(args.option):
+                args.max_new_tokens = 1024  # an instance is some 40 tokens to Qwen's tokenizer
     args.model_path = args.model_path or str(Path(args.log_dir) / "sft")
-    args.reward = args.reward.split(",")
+    args.reward = sorted(set(args.reward.split(",")))
+    if args.prompts == "points" and "mask" not in args.reward:
+        # a task without a reward of its own would teach its format and nothing else
+        only = {("box",): 0.0, ("point",): 1.0}
+        args.point_ratio = only.get(tuple(args.reward), args.point_ratio)
     check_args(parser, args)
     return args
 
@@ -157,6 +163,8 @@ def check_args(parser, args):
     sft.check_range(parser, args, "clip temperature ref_patience", 1e-9)
     if not set(args.reward) <= {"box", "point", "mask"}:
         parser.error(f"--reward {','.join(args.reward)}: expected some of box,point,mask")
+    if not any(getattr(args, f"{name}_weight") for name in args.reward):
+        parser.error(f"--reward {','.join(args.reward)}: all of its weights are 0")
     if args.ref_url and not all(map(_URL.fullmatch, args.ref_url.split(","))):
         parser.error(
             f"--ref_url {args.ref_url}: expected http://host:port, or several, comma-separated"
@@ -205,47 +213,48 @@ def instance_reward(text, question):
     found, truth = data.find_instances(text)[0], data.parse_instances(question.answer)
     if not question.mask.any():
         return float(found == [])
-    found = data.merge_duplicates(found or [])
-    return data.matched_iou([one.box for one in found], [one.box for one in truth])
+    once = lambda instances: [box for box, _ in data.merge_duplicates(instances)]
+    return data.matched_iou(once(found or []), once(truth))
 
 
 def on_target_reward(text, question):
-    """point_reward for --prompts sam: share of points that lie on the target. Where there is
-    nothing to find, 1 for an empty list."""
-    found = data.find_instances(text)[0]
-    points = [point for one in found or [] for point in one.points]
-    if not points:
-        return float(found == [] and not question.mask.any())
-    points = data.rescale(points, question.frame, question.image.size)
-    return float(sampler.label_points(points, question.mask).mean())
+    """point_reward for --prompts sam: share of points that lie on the target, out of those given or
+    of two for each instance, whichever are more: what is left out costs, what is said twice is
+    nothing more. Where there is nothing to find, 1 for an empty list."""
+    found, truth = data.find_instances(text)[0], data.parse_instances(question.answer)
+    if not question.mask.any():
+        return float(found == [])
+    points = [point for _, some in data.merge_duplicates(found or []) for point in some]
+    points = np.reshape(data.rescale(points, question.frame, question.image.size), (-1, 2))
+    wanted = max(len(points), 2 * len(data.merge_duplicates(truth)))
+    return float(sampler.label_points(points, question.mask).sum() / wanted)
 
 
 def sam_prompts(text, question):
-    """What an answer asks of SAM, [(box, points, labels)] in pixels: empty for an empty list, None
-    where nothing can be read."""
+    """What an answer asks of SAM, [(box, points, labels)] in pixels: nothing where nothing can be
+    read."""
     size = question.image.size
     if question.task == "point":  # the box is given, and the answer says what its points are
         labels = data.parse_labels(text)
         if labels is None or len(labels) != len(question.points_px):
-            return None
+            return []
         return [(question.box_px, question.points_px, np.array(labels))]
     if question.task == "box":
         boxes, inside = data.boxes_px(data.parse_boxes(text) or [], question.frame, size)
-        return [(box, np.zeros((0, 2)), np.zeros(0)) for box in boxes[inside]] or None
+        return [(box, np.zeros((0, 2)), np.zeros(0)) for box in boxes[inside]]
     found, _ = data.instances_px(text, question.frame, size)
-    return found and [(box, points, np.ones(len(points))) for box, points in found]
+    return [(box, points, np.ones(len(points))) for box, points in found or []]
 
 
 def mask_reward(texts, question, segmenter):
-    """IoU of the truth with what SAM makes of each answer. The image is embedded once and all
-    instances of all answers are decoded together. Where there is nothing to find, 1 for an empty
-    list. What SAM cannot do is an error, not a 0. Source: Think2Seg-RS."""
+    """IoU of the truth with what SAM makes of each answer. The image is embedded once, and all
+    instances of all answers with as many points are decoded together. Where there is nothing to
+    find, 1 for an empty list. What SAM cannot do is an error, not a 0. Source: Think2Seg-RS."""
     if not question.mask.any():
         # NOTE: not the IoU: SAM may make an empty mask of a box, and boxes would pay
         return [float(data.find_instances(text)[0] == []) for text in texts]
-    asked = [sam_prompts(text, question) for text in texts]
     segmenter.set_image(question.image)
-    masks = segmenter.segment_unions([prompts or [] for prompts in asked])
+    masks = segmenter.segment_unions([sam_prompts(text, question) for text in texts])
     return [data.mask_iou(mask, question.mask)[2] for mask, _ in masks]
 
 

@@ -949,20 +949,19 @@ class Segmenter:
     def segment(self, prompts):
         """[(box (4,), points (N, 2), labels (N,))] in pixels -> [(mask bool (H, W), score)].
 
-        Prompts with the same number of points are decoded in one call, up to AT_ONCE of them. (SAM
+        Prompts with the same number of points are decoded in one call, as many as fit. (SAM
         can pad with label -1, but it attends to padding: a mask would depend on who shares the
         batch.) Score: the IoU that SAM predicts of its own mask. InputError if that is nan.
         """
-        results = [None] * len(prompts)
+        results, (height, width) = [None] * len(prompts), self.predictor.original_size
+        at_once = max(1, min(64, 2**28 // (height * width)))  # masks, in float32: 1 GB at most
         for count in sorted({len(points) for _, points, _ in prompts}):
             same = [i for i, (_, points, _) in enumerate(prompts) if len(points) == count]
-            for start in range(0, len(same), self.AT_ONCE):
-                chosen = same[start : start + self.AT_ONCE]
+            for start in range(0, len(same), at_once):
+                chosen = same[start : start + at_once]
                 for i, result in zip(chosen, self._decode([prompts[i] for i in chosen], count)):
                     results[i] = result
         return results
-
-    AT_ONCE = 64  # their masks are in memory in float32, in the image's size
 
     def _decode(self, prompts, count):
         """`segment` for prompts of `count` points each."""

@@ -223,6 +223,12 @@ def describe_all(rng, objects, image_id, split, refs, annotations):
         refs.append(ref)
 
 
+def make_root(root):
+    if root.exists() and not root.is_dir():
+        raise InputError(f"--data_root {root} is a file: name a folder to draw the demo set into")
+    root.mkdir(parents=True, exist_ok=True)
+
+
 def make_demo(data_root, seed=0, counts=IMAGES):
     """Write the demo set under `data_root` in the REFER layout, unless it is there already.
 
@@ -232,12 +238,10 @@ def make_demo(data_root, seed=0, counts=IMAGES):
     root = Path(data_root)
     if (root / "demo" / "refs(unc).p").is_file():
         return
-    if root.exists() and not root.is_dir():
-        raise InputError(f"--data_root {root} is a file: name a folder to draw the demo set into")
+    make_root(root)
     rng = np.random.default_rng(seed)
     refs, images, annotations = [], [], []
     splits = [split for split, count in counts.items() for _ in range(count)]
-    root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as new:
         folder = Path(new) / "JPEGImages"
         folder.mkdir()
@@ -263,7 +267,6 @@ def make_demo(data_root, seed=0, counts=IMAGES):
 # Questions that do not name what they ask for, in EarthReason's layout. The answer may be several
 # instances, or none.
 
-REASON_IMAGES = {"train": 3000, "val": 120, "test": 460}
 USES = {
     "ship": ["What can carry goods over the sea?", "Which of these float?"],
     "airplane": ["What can carry people through the air?", "Which of these fly?"],
@@ -321,13 +324,13 @@ def draw_question(rng):
             return image, mask, questions, reason
 
 
-def make_demo_reason(data_root, seed=1, counts=REASON_IMAGES):
+def make_demo_reason(data_root, seed=1, counts=IMAGES):
     """Write demo_reason under `data_root` in EarthReason's layout, unless it is there already."""
     root = Path(data_root) / "demo_reason"
     if root.is_dir():
         return
+    make_root(root.parent)
     rng = np.random.default_rng(seed)
-    Path(data_root).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_root) as new:
         for split, count in counts.items():
             folders = [Path(new) / "set" / split / kind for kind in ("images", "labels", "QAs")]

@@ -396,7 +396,7 @@ def test_a_mutated_answer_is_read_as_its_grammar_says_or_is_none(count):
             at = rng.randint(0, len(text))
             text = text[:at] + rng.choice(PIECES) + text[at + rng.choice([0, 0, 1, 3]) :]
         boxes, labels, where = (
-            parse(text) for parse in (data.parse_boxes, data.parse_labels, data.label_positions)
+            parse(text) for parse in (data.parse_boxes, data.parse_labels, data.find_labels)
         )
         for box in boxes or ():
             assert isinstance(box, tuple) and list(map(type, box)) == [float] * 4
@@ -443,5 +443,5 @@ MEGABYTE = {
 @pytest.mark.parametrize("shape", MEGABYTE)
 def test_a_megabyte_is_read_in_50_milliseconds(shape):
     text = MEGABYTE[shape]
-    for parse in (data.parse_boxes, data.parse_labels, data.label_positions):
+    for parse in (data.parse_boxes, data.parse_labels, data.find_labels):
         assert fastest(parse, text) < 0.05, parse
