@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shlex
 import shutil
 from pathlib import Path
@@ -302,14 +303,17 @@ def test_several_sets_have_a_folder_each_and_one_table(run, small_set, tmp_path)
     for kind in ("demo", "images/demo"):
         shutil.copytree(small_set / kind, tmp_path / "data" / kind.replace("demo", "one"))
         shutil.copytree(small_set / kind, tmp_path / "data" / kind.replace("demo", "two"))
+    refs = data.read_refs(tmp_path / "data/two/refs(unc).p")
+    (tmp_path / "data/two/refs(unc).p").write_bytes(pickle.dumps(refs[:-2]))
     printed = run("eval.py --data_root data --option one,two --oracle points")
-    for name in ("one", "two"):
+    *_, head, one, two, blank, definition = printed.splitlines()
+    assert head.split()[:2] == ["n", "mIoU"] and not blank and definition == evaluation.METRICS
+    for name, row in (("one", one.split()), ("two", two.split())):
         metrics = json.loads((tmp_path / "runs/eval" / name / "metrics.json").read_text())
         assert metrics["protocol"]["option"] == name
-    rows = [line.split() for line in printed.splitlines()[-3:]]
-    assert [row[0] for row in rows] == ["n", "one", "two"]
-    assert (
-        rows[1][1:]
-        == rows[2][1:]
-        == [str(metrics["n"])] + [f"{metrics[key]:.3f}" for key in ("miou", "oiou")] + rows[1][4:]
-    )
+        values = [f"{metrics[key]:.3f}" for key in ("miou", "oiou")]
+        assert row[:4] == [name, str(metrics["n"]), *values]
+    # what is not there is noticed before anything is evaluated
+    call = "eval.py --data_root data --option one,twoo --oracle points --version_name new"
+    assert "--option twoo: no twoo/refs(unc).p under data" in run(call, fails=True)
+    assert not (tmp_path / "runs/new").exists()

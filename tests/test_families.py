@@ -75,8 +75,15 @@ def test_a_box_in_decimals_reaches_the_image_in_pixels(kind, tmp_path, monkeypat
     args = evaluation.get_args(["--points", "fixed", "--k_min", "1"])
     (row,) = evaluation.predict(model, processor, [image], ["a ship"], [None], args)
     assert row["box_px"].tolist() == [[50, 31, 100, 100]]
-    assert all("decimals from 0 to 1" in prompt for prompt in asked)
     assert "1 points: [[0.375,0.655]]" in asked[1]
+    answers = iter(
+        ['<answer>[{"bbox_2d":[0.25,0.31,0.5,1],"positive_points":[[0.3,0.5],[0.4,0.5]]}]</answer>']
+    )
+    args = evaluation.get_args(["--prompts", "sam"])
+    (row,) = evaluation.predict(model, processor, [image], ["a ship"], [None], args)
+    assert row["box_px"].tolist() == [[50, 31, 100, 100]]
+    assert row["points_px"].round(6).tolist() == [[60, 50], [80, 50]]
+    assert len(asked) == 3 and all("decimals from 0 to 1" in prompt for prompt in asked)
 
 
 @pytest.mark.parametrize("kind", TILED)
@@ -135,6 +142,14 @@ def test_questions_are_written_in_the_frame_that_they_are_asked_in(frame, small_
         points = data.rescale(json.loads(listed), frame, image.size)
         expected = sampler.grid_points(data.mask_to_box(sample.mask), *image.size)
         assert np.abs(points - expected).max() <= image.width / min(frame[0] * 1000, 160)
+    args = sft.get_args(["--prompts", "sam"])
+    questions = data.Questions(samples, lambda w, h: frame, args)
+    for index, sample in enumerate(samples[:6]):
+        question = questions[0, index, "box"]
+        ((box, points),) = data.parse_instances(question.answer)
+        box = data.rescale(box, frame, question.image.size)
+        assert np.abs(box - data.mask_to_box(sample.mask)).max() <= 128 / min(frame[0], 200)
+        assert data.box_prompt("a", frame).splitlines()[2] in question.prompt.splitlines()
 
 
 def test_llava_sees_the_whole_image_not_its_middle_square(tmp_path):

@@ -91,15 +91,34 @@ def test_answers_become_reasons_whatever_their_key_and_number(tmp_path):
         "d": ({}, []),
     }
     for ref_id, (answers, _) in cases.items():
-        content = {"questions": ["Ship"], "class": "ship" if ref_id == "a" else ["?"], **answers}
+        key = {"b": "class_name", "c": "category"}.get(ref_id, "class")
+        content = {"questions": ["Ship"], key: "ship" if ref_id != "d" else ["?"], **answers}
         text = json.dumps(content).encode("utf-8-sig" if ref_id == "b" else "utf-8")
         (tmp_path / f"test/QAs/{ref_id}.json").write_bytes(text)
         Image.new("RGB", (4, 3)).save(tmp_path / f"test/images/{ref_id}.png")
         Image.new("L", (4, 3)).save(tmp_path / f"test/labels/{ref_id}.png")
     samples = data.load_samples("earthreason", tmp_path)
     assert {s.ref_id: s.reasons for s in samples} == {k: v for k, (_, v) in cases.items()}
-    assert [s.class_name for s in samples] == ["ship", "object", "object", "object"]
-    assert samples[0].weak and not samples[1].weak
+    assert [s.class_name for s in samples] == ["ship", "ship", "ship", "object"]
+    assert samples[0].weak and not samples[3].weak
+
+
+def test_risors_keeps_what_has_no_area_and_takes_markup_off_names(tmp_path):
+    shape = data.encode_rle(np.ones((3, 4), bool))
+    rows = [
+        {"description": "the <ship> on the left", "name": "small_ship", "segmentation": shape},
+        {"description": "a < b", "area": 12, "segmentation": shape},
+        {"description": "nothing", "area": 0, "segmentation": shape},
+    ]
+    for name in ("JPEGImages", "Annotations"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (4, 3)).save(tmp_path / "JPEGImages/7.jpg")
+    (tmp_path / "Annotations/7.json").write_text(json.dumps({"annotations": rows}))
+    for listed in ("7", "7.jpg", "7.json"):
+        (tmp_path / "RISORS_test.txt").write_text(listed)
+        first, second = data.load_samples("risors", tmp_path)
+        assert (first.phrases, first.class_name) == (["the ship on the left"], "small ship")
+        assert (second.phrases, second.class_name) == (["a < b"], "object")
 
 
 def test_a_list_may_have_a_byte_order_mark_windows_line_ends_and_blank_lines(sets, tmp_path):
@@ -144,6 +163,25 @@ def test_a_set_that_is_not_there_is_named_with_what_was_expected(sets, tmp_path)
         data.load_samples("other", sets[0])
     with pytest.raises(InputError, match="RISORS has no split 'testA' .found: test, train, val"):
         data.load_samples("risors", sets[0], "testA")
+
+
+def test_the_demos_are_drawn_once_wherever_the_root_points(tmp_path, monkeypatch):
+    few, drawn = {"train": 2, "val": 1, "test": 1}, []
+    for name in ("make_demo", "make_demo_reason"):
+        make = getattr(make_demo, name)
+        call = lambda root, make=make, name=name: drawn.append(name) or make(root, counts=few)
+        monkeypatch.setattr(make_demo, name, call)
+    root = tmp_path / "new"
+    assert len(data.load_samples("demo_reason", root, "train")) == 2
+    data.load_samples("demo", root)  # beside the other
+    data.load_samples("demo,demo_reason", root)
+    data.load_samples("demo", tmp_path)
+    data.load_samples("demo_reason", root / "demo_reason")
+    assert drawn == ["make_demo_reason", "make_demo"]
+    (tmp_path / "file").touch()
+    for name in ("demo", "demo_reason"):
+        with pytest.raises(InputError, match="file is a file: name a folder"):
+            data.load_samples(name, tmp_path / "file")
 
 
 def test_the_demo_is_not_drawn_beside_a_set_of_any_layout(sets):
