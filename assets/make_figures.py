@@ -2,6 +2,7 @@
 
     python assets/make_figures.py curve runs/grpo/train.jsonl --out curve.png
     python assets/make_figures.py compare runs/eval_sft runs/eval_grpo --out before_after.png
+    python assets/make_figures.py compare runs/eval_a runs/eval_b --names "reward a" "reward b"
 
 `compare` prints the mean differences of the second evaluation to the first, each with its 95 %
 interval: paired by phrase, and bootstrapped over images, as phrases on one image are not
@@ -34,6 +35,7 @@ def get_args(argv=None):
     compare = kinds.add_parser("compare", help="two evaluations of the same split")
     compare.add_argument("runs", nargs=2, help="folders that eval.py wrote: before, after")
     compare.add_argument("--data_root", default="demo_data", help="folder that holds the data set")
+    compare.add_argument("--names", nargs=2, default=["before", "after"], help="in the picture")
     curve.add_argument("--out", default="curve.png", help="the picture")
     compare.add_argument("--out", help="a picture of what changed most; without it there is none")
     return parser.parse_args(argv)
@@ -108,16 +110,16 @@ def paired(before, after, key, draws=10_000):
     return np.mean([r[key] for r in before]), np.mean([r[key] for r in after]), low, high
 
 
-def draw_pairs(before, after, samples, count=3):
+def draw_pairs(before, after, samples, names, count=3):
     """Overlays of the phrases whose mask IoU rose most, one of an image: before on the left, after
-    on the right."""
+    on the right, by their names."""
     most = {}
     for pair in sorted(zip(before, after), key=lambda pair: pair[0]["iou"] - pair[1]["iou"]):
         most.setdefault(pair[0]["image"], pair)
     samples, tiles = {sample.ref_id: sample for sample in samples}, []
     for pair in list(most.values())[:count]:
         sample = samples[pair[0]["ref_id"]]
-        for row, name in zip(pair, ("before", "after")):
+        for row, name in zip(pair, names):
             caption = f"{name}: {row['phrase']} (IoU {row['iou']:.2f})"
             mask = data.decode_rle(row["rle"])
             picture = evaluation.overlay(sample.image(), row, caption, 0.9, mask, sample.mask, 256)
@@ -148,7 +150,7 @@ def main(args):
     if args.out:
         protocol = json.loads((Path(args.runs[0]) / "metrics.json").read_text())["protocol"]
         samples = data.load_samples(protocol["option"], args.data_root, protocol["split"])
-        draw_pairs(before, after, samples).save(args.out)
+        draw_pairs(before, after, samples, args.names).save(args.out)
         print(f"written: {args.out}")
 
 
