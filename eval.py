@@ -107,6 +107,8 @@ def get_args(argv=None):
         args.max_new_tokens = 1024 if args.prompts == "sam" else 256
     if args.temperature < 0 or args.max_new_tokens < 1 or args.seed < 0:
         parser.error("--temperature and --seed start at 0, --max_new_tokens at 1")
+    if not 0 <= args.theta <= 1:
+        parser.error(f"--theta {args.theta:g}: expected a probability, 0 to 1")
     if args.best_of > 1 and args.temperature == 0:
         parser.error("--best_of needs answers that differ: set --temperature, for example 0.9")
     if args.prompts == "sam":
@@ -603,7 +605,7 @@ def report(metrics):
     lines = [protocol_line(protocol), ""]
     groups = {"all": metrics}
     groups |= {f"{name} ({SCALES[name]})": m for name, m in metrics["by_scale"].items()}
-    lines += table(groups | metrics["by_class"])
+    lines += table(groups | (metrics["by_class"] if len(metrics["by_class"]) > 1 else {}))
     what = "list" if protocol["prompts"] == "sam" else "box"
     lines.append(f"\n{metrics['n_failed']} of {metrics['n']} answers without a readable {what}")
     lines.append(protocol["metrics"])

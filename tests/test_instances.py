@@ -441,6 +441,7 @@ def test_each_reward_weighs_as_told_and_counts_only_where_it_applies(scene, segm
         (grpo, "--json_weight -1", "--json_weight -1.0: expected 0"),
         (grpo, "--reward mask --mask_weight 0", "--reward mask: all of its weights are 0"),
         (evaluation, "--prompts sam --temperature 1 --best_of 2", "an empty list"),
+        (evaluation, "--theta 1.5", "--theta 1.5: expected a probability"),
     ],
 )
 def test_settings_that_make_no_sense_end_in_one_line(script, options, message, capsys):
