@@ -798,11 +798,8 @@ def main(args):
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     torch.manual_seed(args.seed + rank)
-    # before models are loaded for nothing
-    if args.image:
+    if args.image:  # before models are loaded for nothing
         image, args.query = data.open_image(args.image, upright=True), data.clean_phrase(args.query)
-    else:
-        sets = load_sets(args, rank, world)
     path = args.eval_model_path or default_model(args.log_dir)
     needs_model = args.oracle != "points" and not (args.oracle == "box" and args.points == "none")
     model, processor = sampler.load_policy(path, args.device) if needs_model else (None, None)
@@ -815,7 +812,7 @@ def main(args):
         return segment_one(image, args, model, processor, segmenter, folder)
 
     # 2. Each set; several have a folder each.
-    metrics = {}
+    sets, metrics = load_sets(args, rank, world), {}
     for option, loaded in sets.items():
         one = argparse.Namespace(**{**vars(args), "option": option})
         into = folder / option if len(sets) > 1 else folder

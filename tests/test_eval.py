@@ -316,4 +316,4 @@ def test_several_sets_have_a_folder_each_and_one_table(run, small_set, tmp_path)
     # what is not there is noticed before anything is evaluated
     call = "eval.py --data_root data --option one,twoo --oracle points --version_name new"
     assert "--option twoo: no twoo/refs(unc).p under data" in run(call, fails=True)
-    assert not (tmp_path / "runs/new").exists()
+    assert not list((tmp_path / "runs/new").iterdir())

@@ -395,18 +395,18 @@ def test_a_mutated_answer_is_read_as_its_grammar_says_or_is_none(count):
         for _ in range(rng.randint(0, 4)):
             at = rng.randint(0, len(text))
             text = text[:at] + rng.choice(PIECES) + text[at + rng.choice([0, 0, 1, 3]) :]
-        boxes, labels, where = (
-            parse(text) for parse in (data.parse_boxes, data.parse_labels, data.find_labels)
-        )
+        boxes, labels = data.parse_boxes(text), data.parse_labels(text)
+        found = data.find_labels(text)
         for box in boxes or ():
             assert isinstance(box, tuple) and list(map(type, box)) == [float] * 4
             assert box[0] < box[2] and box[1] < box[3] and max(map(abs, box)) < 1e6
         body = text.rpartition("<answer>")[2].partition("</answer>")
         if "<answer>" in text and body[1] and grammar.fullmatch(body[0]):
-            assert labels == [int(text[i]) for i in where] == [int(c) for c in body[0] if c in "01"]
-            assert {type(value) for value in labels + where} == {int}
+            at_places = [int(text[i]) for i in found[0]]
+            assert labels == at_places == [int(c) for c in body[0] if c in "01"]
+            assert {type(label) for label in labels} == {int}
         else:
-            assert labels is where is None
+            assert labels is found is None
         read, labels_read = read + (boxes is not None), labels_read + (labels is not None)
     assert min(read, labels_read) > 300 * count
 
