@@ -141,6 +141,7 @@ def summarize(rows):
     return {
         "n": len(rows),
         "n_failed": sum(row["failed"] for row in rows),
+        "n_repaired": sum(row.get("repaired", False) for row in rows),
         "n_no_target": int(no_target.sum()),
         "miou": iou.mean(),
         "oiou": oiou,
@@ -608,6 +609,8 @@ def report(metrics):
     lines += table(groups | (metrics["by_class"] if len(metrics["by_class"]) > 1 else {}))
     what = "list" if protocol["prompts"] == "sam" else "box"
     lines.append(f"\n{metrics['n_failed']} of {metrics['n']} answers without a readable {what}")
+    if metrics["n_repaired"]:
+        lines.append(f"{metrics['n_repaired']} answers whose JSON had to be repaired")
     lines.append(protocol["metrics"])
     if metrics["n_no_target"]:
         found = f"{metrics['no_target_acc']:.3f} of them left unmarked (none)"
@@ -630,6 +633,16 @@ def default_model(log_dir):
     return str(sampler.TINY_VLM)
 
 
+def note_prompts(path, prompts):
+    """Say it where the run that wrote a model asked it in the other form: it may have no answer."""
+    try:
+        trained = json.loads((Path(path) / "args.json").read_text())["prompts"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # of another program
+    if trained != prompts:
+        print(f"NOTE: {path} was trained with --prompts {trained}, not {prompts}")
+
+
 def segment_one(image, args, model, processor, segmenter, folder):
     """--image and --query: print box, points, reasoning and scores; write mask and overlay."""
     (row,) = predict(model, processor, [image], [args.query], [None], args)
@@ -638,7 +651,8 @@ def segment_one(image, args, model, processor, segmenter, folder):
     Image.fromarray(mask).save(f"{name}_mask.png")
     overlay(image, row, args.query, args.theta, mask).save(f"{name}_overlay.png")
     if args.prompts == "sam":
-        print(f"answer        {row['answer_box']}")
+        repaired = " (its JSON had to be repaired)" if row["repaired"] else ""
+        print(f"answer        {row['answer_box']}{repaired}")
     else:
         print(f"box answer    {row['answer_box']}")
         print(f"point answer  {row['answer_points']}")
@@ -647,7 +661,8 @@ def segment_one(image, args, model, processor, segmenter, folder):
     points = row["points_px"].round(1).tolist()
     for point, label, sure in zip(points, row["labels"] or (), row["confidence"]):
         kept = "" if sure >= args.theta else ", dropped"
-        print(f"  point {point}: {label} (p = {sure:.2f}{kept})")
+        judged = f": {label} (p = {sure:.2f}{kept})" if args.prompts == "points" else ""
+        print(f"  point {point}{judged}")
     print(f"SAM's own score {sam_score:.2f}, mask of {mask.sum()} pixels")
     print(f"written: {name}_mask.png and {name}_overlay.png")
 
@@ -808,6 +823,8 @@ def main(args):
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         print(f"model: {path if needs_model else 'none (the truth)'}\nSAM: {args.sam_ckpt}")
+        if needs_model:
+            note_prompts(path, args.prompts)
     if args.image:
         return segment_one(image, args, model, processor, segmenter, folder)
 

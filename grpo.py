@@ -53,7 +53,7 @@ import data
 import ref_server
 import sampler
 import sft
-from eval import next_command, print_gain, validate_both
+from eval import next_command, note_prompts, print_gain, validate_both
 from sampler import InputError
 
 # (the recipe for an 8 B model, the demo)
@@ -88,7 +88,11 @@ def get_args(argv=None):
     add("--split", default="train", help="split to train on")
     # prompts and rollouts
     add("--prompts", choices=["points", "sam"], default="points", help=data.PROMPTS_HELP)
-    add("--point_ratio", type=float, default=0.2, help="share of micro-batches on the point task")
+    add(
+        "--point_ratio",
+        type=float,
+        help="share of batches on points (0.2, or what --reward leaves)",
+    )
     add("--miss_ratio", type=float, default=0.15, help="share of grids in any object's box")
     add("--think_ratio", type=float, help="share of prompts that ask for reasoning")
     add("--jitter", type=float, default=0.1, help="box jitter of the point task, in box sides")
@@ -97,11 +101,11 @@ def get_args(argv=None):
     add("--max_new_tokens", type=int, help="limit of one completion; real lists 1024")
     # rewards
     add("--reward", default="box,point", help="what is rewarded beside the format: box,point,mask")
-    add("--box_weight", type=float, default=1.0, help="of the boxes' IoU")
-    add("--point_weight", type=float, default=1.0, help="of the points' accuracy")
-    add("--mask_weight", type=float, default=2.0, help="of the IoU of what SAM makes of them")
-    add("--json_weight", type=float, default=1.0, help="of valid JSON, with --prompts sam")
-    add("--format_weight", type=float, default=1.0, help="of the format")
+    add("--box_weight", type=float, default=1.0, help="of the boxes' IoU (default 1)")
+    add("--point_weight", type=float, default=1.0, help="of the points' accuracy (default 1)")
+    add("--mask_weight", type=float, default=2.0, help="of the IoU of SAM's mask (default 2)")
+    add("--json_weight", type=float, default=1.0, help="of valid JSON, --prompts sam (default 1)")
+    add("--format_weight", type=float, default=1.0, help="of the format (default 1)")
     add("--sam_ckpt", default=str(sampler.TINY_SAM), help="weights of the SAM in --reward mask")
     # loss
     add("--loss", choices=["grpo", "dr_grpo", "dapo"], default="grpo", help="weight of a token")
@@ -140,11 +144,10 @@ def get_args(argv=None):
             if key == "max_new_tokens" and args.prompts == "sam" and not data.is_demo(args.option):
                 args.max_new_tokens = 1024  # an instance is some 40 tokens to Qwen's tokenizer
     args.model_path = args.model_path or str(Path(args.log_dir) / "sft")
-    args.reward = sorted(set(args.reward.split(",")))
-    if args.prompts == "points" and "mask" not in args.reward:
+    args.reward = sorted({name.strip() for name in args.reward.split(",")})
+    if args.point_ratio is None:
         # a task without a reward of its own would teach its format and nothing else
-        only = {("box",): 0.0, ("point",): 1.0}
-        args.point_ratio = only.get(tuple(args.reward), args.point_ratio)
+        args.point_ratio = {("box",): 0.0, ("point",): 1.0}.get(tuple(args.reward), 0.2)
     check_args(parser, args)
     return args
 
@@ -456,6 +459,8 @@ def main(args):
         child = ref_server.start_child(args.model_path, ref_device, dtype, half)
     model, processor = sampler.load_policy(args.model_path, args.device, getattr(torch, dtype))
     say(f"model: {args.model_path}, {len(trainable)} refs of {args.option}/{args.split}")
+    if rank == 0:
+        note_prompts(args.model_path, args.prompts)
     segmenter = sampler.Segmenter(args.sam_ckpt, args.device) if "mask" in args.reward else None
     urls = reference_urls(args, child, rank, local_rank, world)
     expected = ref_server.describe(model, processor, args.model_path)

@@ -135,6 +135,9 @@ def main(args):
     if args.kind == "curve":
         draw_curve(args.runs).save(args.out)
         return print(f"written: {args.out}")
+    for run in args.runs:
+        if not (Path(run) / "predictions.jsonl").is_file():
+            raise InputError(f"no {run}/predictions.jsonl: eval.py --version_name … writes it")
     before, after = (
         {(row["ref_id"], row["sentence"]): row for row in evaluation.read_rows(path)}
         for path in (Path(run) / "predictions.jsonl" for run in args.runs)

@@ -454,8 +454,9 @@ def test_only_tasks_that_have_a_reward_are_asked():
     ratio = lambda options: grpo.get_args(options.split()).point_ratio
     assert ratio("") == ratio("--reward mask") == ratio("--reward mask,box") == 0.2
     assert ratio("--reward box") == 0 and ratio("--reward point") == 1
+    assert ratio("--reward box --point_ratio 0.5") == 0.5  # who says so gets it
     order = lambda reward: grpo.get_args(["--reward", reward]).reward
-    assert order("point,box") == order("box,point,box") == ["box", "point"]
+    assert order("point, box") == order("box,point,box") == ["box", "point"]
 
 
 def test_lists_of_real_sets_have_room_for_many_instances():
@@ -600,6 +601,7 @@ def test_both_stages_and_the_evaluation_run_on_it(reason_set, run, tmp_path):
     run(f"eval.py {common} --eval_model_path {ROOT / 'assets' / 'tiny_vlm'} --max_new_tokens 4")
     metrics = json.loads((tmp_path / "runs/eval/metrics.json").read_text())
     assert metrics["n_failed"] == metrics["n"] and metrics["n_no_target"] > 0
+    assert metrics["n_repaired"] == 0
     names = ("no_target_acc", "miou", "box_iou", "point_acc")
     assert [metrics[name] for name in names] == [0, 0, 0, 0]
 
@@ -620,6 +622,17 @@ def test_validation_asks_and_scores_as_training_does(reason_set, tiny, monkeypat
     assert scores == {"think": {"box_iou": 1, "point_acc": 1}}
 
 
+def test_a_model_that_was_trained_on_other_prompts_is_named(tmp_path, capsys):
+    said = lambda prompts: evaluation.note_prompts(tmp_path, prompts) or capsys.readouterr().out
+    assert said("sam") == ""  # nothing is known of it
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "args.json").write_text(content)
+        assert said("sam") == ""
+    (tmp_path / "args.json").write_text(json.dumps({"prompts": "points"}))
+    assert said("points") == ""
+    assert said("sam") == f"NOTE: {tmp_path} was trained with --prompts points, not sam\n"
+
+
 def test_answers_to_other_prompts_are_told_apart():
     state = lambda *options: evaluation.protocol_of(evaluation.get_args(list(options)), "model")
     without = "--use_think", "--points", "none"
@@ -629,7 +642,7 @@ def test_answers_to_other_prompts_are_told_apart():
 def test_a_target_that_is_not_there_is_judged_by_its_iou():
     row = dict(inter=0, failed=False, box_iou=0, point_acc=None)
     rows = [
-        {**row, "no_target": True, "union": 0, "iou": 1.0},
+        {**row, "no_target": True, "union": 0, "iou": 1.0, "repaired": True},
         {**row, "no_target": True, "union": 30, "iou": 0.0},  # something where there is nothing
         {**row, "no_target": False, "inter": 20, "union": 40, "iou": 0.5},
     ]
@@ -637,6 +650,7 @@ def test_a_target_that_is_not_there_is_judged_by_its_iou():
     assert metrics["giou"] == 0.5 and metrics["ciou"] == 20 / 70
     assert metrics["no_target_acc"] == 0.5 and metrics["miou_target"] == 0.5
     assert evaluation.summarize(rows[2:])["no_target_acc"] is None
+    assert metrics["n_repaired"] == 1
 
 
 def test_other_papers_sizes_resize_both_masks():

@@ -34,6 +34,12 @@ def test_phrases_on_one_image_are_drawn_together():
     assert widths[0] == pytest.approx(2 * 1.96 * gains.std() / 40**0.5, rel=0.1)
 
 
+def test_a_folder_without_answers_is_named(tmp_path):
+    args = make_figures.get_args(["compare", str(tmp_path), str(tmp_path)])
+    with pytest.raises(InputError, match="no .*/predictions.jsonl: eval.py --version_name"):
+        make_figures.main(args)
+
+
 def test_the_curve_has_a_panel_for_each_reward_that_there_was(tmp_path):
     lines = [{"reward_box": None, "kl": i / 9, "length": 20.0} for i in range(9)]
     paths = []
