@@ -88,11 +88,7 @@ def get_args(argv=None):
     add("--split", default="train", help="split to train on")
     # prompts and rollouts
     add("--prompts", choices=["points", "sam"], default="points", help=data.PROMPTS_HELP)
-    add(
-        "--point_ratio",
-        type=float,
-        help="share of batches on points (0.2, or what --reward leaves)",
-    )
+    add("--point_ratio", type=float, help="share of batches on points (0.2; see --reward)")
     add("--miss_ratio", type=float, default=0.15, help="share of grids in any object's box")
     add("--think_ratio", type=float, help="share of prompts that ask for reasoning")
     add("--jitter", type=float, default=0.1, help="box jitter of the point task, in box sides")
