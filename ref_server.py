@@ -432,9 +432,14 @@ class Handler(BaseHTTPRequestHandler):
         seconds = self.server.timeout_s
         self.timeout = 2 * seconds  # of a single wait: for clients that do not take their answer
         super().setup()
-        self.late = threading.Timer(seconds, self.request.shutdown, [socket.SHUT_RD])
+        self.is_late = False
+        self.late = threading.Timer(seconds, self.stop_reading)
         self.late.daemon = True
         self.late.start()
+
+    def stop_reading(self):
+        self.is_late = True  # before it: a read that is waiting goes on at once
+        self.request.shutdown(socket.SHUT_RD)
 
     def finish(self):
         self.late.cancel()
@@ -496,7 +501,7 @@ class Handler(BaseHTTPRequestHandler):
         from safetensors.torch import save
 
         server, body = self.server, self.rfile.read(length)
-        if not self.late.is_alive():
+        if self.is_late:
             seconds = f"{server.timeout_s:.0f} s (--timeout)"
             return self.send_error(408, f"{length} bytes, expected to arrive in {seconds}")
         self.late.cancel()
