@@ -898,6 +898,8 @@ def is_demo(option):
 def draw_demos(names, data_root):
     """Make the demo sets among the named ones where they are missing; `demo`, the default, not
     beside another set unless that is named too."""
+    if not set(names) & set(DEMOS):  # a large folder is not searched for nothing
+        return
     from assets.make_demo import make_demo, make_demo_reason
 
     known = sets_under(Path(data_root))
@@ -909,6 +911,14 @@ def draw_demos(names, data_root):
         make_demo(data_root)
     if "demo_reason" in names and "demo_reason" not in known:
         make_demo_reason(data_root)
+
+
+def draw_demos_first(names, data_root, rank):
+    """draw_demos by process 0, before the others look for what it draws. All processes call it."""
+    if rank == 0:
+        draw_demos(names, data_root)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def load_samples(option, data_root, split=None, problems=None):
@@ -974,10 +984,7 @@ def load_for_training(args, rank):
     """(samples of args.split, those of val or [] with --val_limit 0). Only --prompts sam has an
     answer for an empty mask: else those are left out of the first."""
     names = [name for name, _ in parse_option(args.option)]
-    if rank == 0:  # before the others look for it
-        draw_demos(names, args.data_root)
-    if dist.is_initialized():
-        dist.barrier()
+    draw_demos_first(names, args.data_root, rank)
 
     def load(split):
         samples, problems = load_sound(args.option, args.data_root, split, args.skip_bad)
@@ -1298,11 +1305,11 @@ def repair_instances(text):
         start, last = opening if opening >= 0 else place.end(), place.end()
         end = min(end, last + 1000)
         closing = body.find("}", last, end)
-        pairs = map(_numbers, _PAIR.findall(body, start, closing if closing >= 0 else end))
         box = _numbers(place[1])
         if box is None or len(box) != 4:
             continue
         (x1, x2), (y1, y2) = sorted(box[::2]), sorted(box[1::2])
+        pairs = map(_numbers, _PAIR.findall(body, start, closing if closing >= 0 else end))
         if x1 < x2 and y1 < y2:
             found.append(Instance((x1, y1, x2, y2), [pair for pair in pairs if pair]))
     return found or None

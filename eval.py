@@ -97,14 +97,24 @@ def get_args(argv=None):
     add("--seed", type=int, default=0, help="for sampling and --points random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args(argv)
+    if args.max_new_tokens is None:  # an instance is some 40 tokens to Qwen's tokenizer
+        args.max_new_tokens = 1024 if args.prompts == "sam" else 256
+    if args.prompts == "sam":
+        args.use_think = True
+    check_args(parser, args)
+    if args.paper:
+        args.k_min, args.multimask = 1, True
+    return args
+
+
+def check_args(parser, args):
+    """End with a line for settings that make no sense."""
     if bool(args.image) != bool(args.query and args.query.strip()):
         parser.error("--image and a non-empty --query go together")
     if args.image and (args.oracle or args.best_of > 1):
         parser.error("--oracle and --best_of need a data set, not --image")
     if min(args.best_of, args.batch_size, args.k_min) < 1 or args.k_min > args.k_max:
         parser.error("--best_of, --batch_size and --k_min start at 1; --k_max is at least --k_min")
-    if args.max_new_tokens is None:  # an instance is some 40 tokens to Qwen's tokenizer
-        args.max_new_tokens = 1024 if args.prompts == "sam" else 256
     if args.temperature < 0 or args.max_new_tokens < 1 or args.seed < 0:
         parser.error("--temperature and --seed start at 0, --max_new_tokens at 1")
     if not 0 <= args.theta <= 1:
@@ -112,7 +122,6 @@ def get_args(argv=None):
     if args.best_of > 1 and args.temperature == 0:
         parser.error("--best_of needs answers that differ: set --temperature, for example 0.9")
     if args.prompts == "sam":
-        args.use_think = True
         if args.best_of > 1:
             parser.error("--best_of: an empty list of --prompts sam has no score to be chosen by")
         if args.oracle == "box" and args.points != "none":
@@ -121,9 +130,6 @@ def get_args(argv=None):
             )
     if ":" in args.option:
         parser.error(f"--option {args.option}: weights are for training, give names alone")
-    if args.paper:
-        args.k_min, args.multimask = 1, True
-    return args
 
 
 # ------------------------------------------------------------------------- metrics
@@ -735,18 +741,6 @@ def share_out(samples, done, rank, world):
     return [(sample, i) for sample, i in todo if (sample.ref_id, i) not in done]
 
 
-def load_sets(args, rank, world):
-    """{name: data.load_sound} of each set, before any is evaluated: a name that is not there should
-    not be noticed after hours."""
-    if world > 1 and rank > 0:
-        dist.barrier()  # for rank 0 to make the demo set
-    names = [name for name, _ in data.parse_option(args.option)]
-    sets = {n: data.load_sound(n, args.data_root, args.split, args.skip_bad) for n in names}
-    if world > 1 and rank == 0:
-        dist.barrier()
-    return sets
-
-
 def evaluate_set(args, folder, loaded, path, model, processor, segmenter):
     """The three stages over one set; its metrics, which process 0 writes and prints ({} in others).
     loaded: what data.load_sound gave; path: where the model came from."""
@@ -828,8 +822,12 @@ def main(args):
     if args.image:
         return segment_one(image, args, model, processor, segmenter, folder)
 
-    # 2. Each set; several have a folder each.
-    sets, metrics = load_sets(args, rank, world), {}
+    # 2. All sets, before any is evaluated: one that is not there is not to be noticed after hours.
+    names, metrics = [name for name, _ in data.parse_option(args.option)], {}
+    data.draw_demos_first(names, args.data_root, rank)
+    sets = {n: data.load_sound(n, args.data_root, args.split, args.skip_bad) for n in names}
+
+    # 3. Each set; several have a folder each.
     for option, loaded in sets.items():
         one = argparse.Namespace(**{**vars(args), "option": option})
         into = folder / option if len(sets) > 1 else folder

@@ -132,6 +132,14 @@ def get_args(argv=None):
     add("--save_step", type=int, help="save every so many rollouts, and at the end")
     add("--val_limit", type=int, help="validation samples before and after; 0: none")
     args = parser.parse_args(argv)
+    args.reward = sorted({name.strip() for name in args.reward.split(",")})
+    fill_defaults(args)
+    check_args(parser, args)
+    return args
+
+
+def fill_defaults(args):
+    """What was not given follows from the data set, the prompts and the rewards."""
     for key, (recipe, demo) in DEFAULTS.items():
         if getattr(args, key) is None:
             setattr(args, key, demo if data.is_demo(args.option) else recipe)
@@ -140,12 +148,9 @@ def get_args(argv=None):
             if key == "max_new_tokens" and args.prompts == "sam" and not data.is_demo(args.option):
                 args.max_new_tokens = 1024  # an instance is some 40 tokens to Qwen's tokenizer
     args.model_path = args.model_path or str(Path(args.log_dir) / "sft")
-    args.reward = sorted({name.strip() for name in args.reward.split(",")})
     if args.point_ratio is None:
         # a task without a reward of its own would teach its format and nothing else
         args.point_ratio = {("box",): 0.0, ("point",): 1.0}.get(tuple(args.reward), 0.2)
-    check_args(parser, args)
-    return args
 
 
 def check_args(parser, args):
