@@ -52,6 +52,7 @@ sys.path.insert(0, str(ASSETS.parent))
 import data  # noqa: E402
 import sampler  # noqa: E402
 from assets import make_demo  # noqa: E402
+from assets.build_tiny_sam import build_tiny_sam  # noqa: E402
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -348,7 +349,7 @@ def list_questions(rng, objects, count=2):
         mask = np.any([np.zeros((size, size), bool), *(o.mask for o in targets)], axis=0)
         relative = lambda coords: data.rescale(coords, (size, size), (1000, 1000))
         found = [(relative(box), relative(points)) for box, points in data.true_instances(mask)]
-        tokens = [tokens_on(part) for part in data.components(mask)]
+        tokens = [tokens_on(part) for part in data.connected_components(mask)]
         asked.append(Question(data.sam_prompt(phrase), data.sam_answer(found, why), tokens))
     return asked
 
@@ -603,9 +604,8 @@ def print_reached(model, processor):
             target = objects[rng.integers(len(objects))]
             phrase = make_demo.describe(rng, objects, target)
             samples += [Drawn(image, target, phrase)] if phrase else []
-        for think in (False, True):
-            scores = validate(model, processor, samples, think, limit=400)
-            print(f"{'plain' if plain else 'demo'} scenes, think {think}: {scores}")
+        for name, scores in validate(model, processor, samples, limit=400).items():
+            print(f"{'plain' if plain else 'demo'} scenes, {name}: {scores}")
 
 
 def sam_prompts(rng, objects, size):
@@ -656,7 +656,7 @@ def train_sam(args):
 
     torch.manual_seed(args.seed)
     rng, size = np.random.default_rng(args.seed), make_demo.SIZE
-    sam = sampler.build_tiny_sam().train()
+    sam = build_tiny_sam().train()
     named = [(n, p) for n, p in sam.named_parameters() if p.requires_grad]
     is_matrix = lambda n, p: p.ndim == 2 and "embed" not in n and "token" not in n
     muon = torch.optim.Muon([p for n, p in named if is_matrix(n, p)], lr=0.01, weight_decay=0.0)
