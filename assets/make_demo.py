@@ -1,16 +1,20 @@
-"""Draw the demo set: aerial scenes of polygons, so that everything runs offline and in minutes.
+"""Draw the demo sets: aerial scenes of polygons, so that everything runs offline and in minutes.
+
+    python assets/make_demo.py demo --data_root demo_data     # data.py does this on first use
 
 `plain` scenes (flat ground, nothing else) are what make_tiny.py asks the tiny base model about. The
 demo set is the harder domain that SFT has to learn and GRPO to sharpen: textured ground, shadows,
 clutter, and words of its own. It is written to disk in the REFER layout and read back by the same
-reader as real data; data.load_samples("demo", …) makes it where it is absent.
+reader as real data.
 """
 
+import argparse
 import json
 import os
 import pickle
 import re
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +23,18 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import box_scale, components, encode_rle, mask_to_box, place_of, place_words, size_word
-from sampler import InputError
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import (  # noqa: E402
+    box_scale,
+    connected_components,
+    encode_rle,
+    mask_to_box,
+    place_of,
+    place_words,
+    size_word,
+)
+from sampler import InputError, run_script  # noqa: E402
 
 SIZE = 128  # pixels, both sides
 IMAGES = {"train": 3000, "val": 120, "test": 460}
@@ -320,7 +334,7 @@ def draw_question(rng):
             continue
         questions, reason, targets = asked
         mask = np.any([np.zeros((SIZE, SIZE), bool), *(o.mask for o in targets)], axis=0)
-        if len(components(mask)) == len(targets):  # two that touch would be read as one
+        if len(connected_components(mask)) == len(targets):  # two that touch would be read as one
             return image, mask, questions, reason
 
 
@@ -344,3 +358,18 @@ def make_demo_reason(data_root, seed=1, counts=IMAGES):
                 qa = {"questions": questions, "answers": [reason] * len(questions)}
                 Path(f"{texts}.json").write_text(json.dumps(qa))
         os.replace(Path(new) / "set", root)
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", choices=["demo", "demo_reason"], help="which set to draw")
+    parser.add_argument("--data_root", default="demo_data", help="folder to draw it into")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    {"demo": make_demo, "demo_reason": make_demo_reason}[args.name](args.data_root)
+
+
+if __name__ == "__main__":
+    run_script(main, get_args)
