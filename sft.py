@@ -1,46 +1,43 @@
 """Stage one of training: supervised fine-tuning (SFT) on boxes and point labels.
 
-1. Every micro-batch asks one task: the box of a phrase, or the labels of a grid of points in a box
-   (`--point_ratio`): the true one, jittered, or that of another object in the image, as a predicted
-   box can be (`--miss_ratio`). Reasoning is left to GRPO (but for `--think_ratio`). With `--prompts
-   sam` one question takes the place of both: all instances, as a list, after a line of reasoning.
-2. Cross-entropy falls on the answer's tokens only:
+1. Every micro-batch has one task: the box of a phrase, or the labels of a grid of points in a box
+   (`--point_ratio`). The box of that grid is jittered, or belongs to another object
+   (`--miss_ratio`), as a predicted box may be off. Answers show no reasoning, unless
+   `--think_ratio` asks for some. With `--prompts sam` one task takes the place of both: all
+   instances as a list, after a line of reasoning.
+2. The loss is the cross-entropy of the answer's tokens:
 
        loss = - sum_t log p(answer_t | image, prompt, answer_<t) / number of answer tokens
 
    Sum and count run over all micro-batches *and* processes of an update, so N processes take the
-   very step of one process with N times the batch.
-3. AdamW on LoRA (language model) and the vision merger, in full; everything else is frozen.
+   same step as one process with N times the batch.
+3. AdamW trains LoRA on the language model and the whole vision merger; everything else is frozen.
    `--lora_rank 0` trains all parameters. Cosine schedule with warm-up, clipped gradients.
-4. The result is a Hugging Face folder, <log_dir>/<version_name>, and in its adapter/ the adapter in
-   PEFT's layout.
-5. Nothing is lost: every `--save_step` updates all that the next update depends on goes into a
-   checkpoint, and `--resume` goes on from it as if nothing had happened, on a CPU bit for bit.
-   Ctrl-C and SIGTERM finish the update, save and leave. GRPO's runs are kept by the same functions.
+4. The result is a Hugging Face folder, <log_dir>/<version_name>, with the adapter in adapter/ in
+   PEFT's layout, and train.jsonl, one line per update: `loss` per answer token; `grad_norm` before
+   clipping; `skipped`, updates so far that were left out because a number was not finite.
+5. `--resume` continues a run that was cut off as if nothing had happened, on a CPU bit for bit.
+   Ctrl-C and SIGTERM finish the update, save and exit. `Run` does this, for GRPO too.
 
     python sft.py                                   # the demo: minutes on two CPU cores
-    python sft.py --resume                          # go on with a run that was cut off
+    python sft.py --resume                          # continue a run that was cut off
     python sft.py --option demo_reason --prompts sam --version_name sft_reason
     torchrun --nproc_per_node 4 sft.py --model_path Qwen/Qwen3-VL-8B-Instruct \\
         --data_root /path/to/RRSIS-D --option RRSISD --gradient_checkpointing
-
-The demo is this same recipe with numbers of its own, in DEFAULTS below.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import time
-from contextlib import contextmanager
+import zipfile
+import zlib
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -49,11 +46,11 @@ from tqdm import tqdm
 
 import data
 import sampler
-from eval import digest, next_command, print_gain, read_rows, validate_both
-from sampler import InputError
+from eval import validate
+from sampler import InputError, error_border, number
 
-# (the recipe for an 8 B model, the demo): a small model wants a larger learning rate, has no use
-# for dropout, and takes a batch of 16 in hardly more time than one of 1.
+# (the recipe for an 8 B model, the demo): a small model wants a larger learning rate and no
+# dropout, and takes a batch of 16 in hardly more time than one of 1.
 DEFAULTS = dict(
     lr=(5e-5, 5e-3),
     lora_dropout=(0.05, 0.0),
@@ -68,80 +65,19 @@ DEFAULTS = dict(
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-
-    def add(name, **options):
-        if name.strip("-") in DEFAULTS:  # resolved below, where the data set is known
-            recipe, demo = DEFAULTS[name.strip("-")]
-            options["help"] += f" (default {recipe:g}; demo {demo:g})"
-        parser.add_argument(name, **options)
-
-    # model and data
+    add = add_common_flags(parser, DEFAULTS)
     add("--model_path", default=str(sampler.TINY_VLM), help="Hugging Face folder or hub name")
-    add("--option", default="demo", help="set: demo, RRSISD, refsegrs ...; several: a,b or a:2,b")
-    add("--data_root", default="demo_data", help="folder that holds the data set")
-    add("--split", default="train", help="split to train on")
-    # tasks
-    add("--prompts", choices=["points", "sam"], default="points", help=data.PROMPTS_HELP)
-    add("--point_ratio", type=float, help="share of batches on the point task")
-    add("--miss_ratio", type=float, default=0.15, help="share of grids in any object's box")
-    add("--think_ratio", type=float, default=0.0, help="share of answers that reason first")
-    add("--jitter", type=float, default=0.1, help="box jitter of the point task, in box sides")
-    # what is trained
-    add("--lora_rank", type=int, default=64, help="rank of LoRA; 0 trains all parameters")
-    add("--lora_alpha", type=int, default=128, help="LoRA's update is scaled by alpha / rank")
-    add("--lora_dropout", type=float, help="dropout on LoRA's input")
-    # optimisation
-    add("--lr", type=float, help="peak learning rate")
-    add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay")
-    add("--batch_size", type=int, help="samples per process and micro-batch")
-    add("--accumulate", type=int, help="micro-batches per update")
-    add("--epochs", type=float, default=2, help="passes over the split, where --max_step is 0")
-    add("--max_step", type=int, help="stop after so many updates; 0: --epochs decides")
-    add("--warmup", type=float, default=0.03, help="share of the updates in which the rate rises")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
-    # system and output
-    add_run_flags(add)
-    add("--workers", type=int, default=0, help="processes that load data")
-    add("--seed", type=int, default=0, help="of data order, tasks, jitter and dropout")
     add("--version_name", default="sft", help="name of this run")
-    add("--save_step", type=int, help="save every so many updates, and at the end")
-    add("--val_limit", type=int, default=200, help="validation samples before and after; 0: none")
-    args = parser.parse_args(argv)
-    for key, (recipe, demo) in DEFAULTS.items():
-        if getattr(args, key) is None:
-            setattr(args, key, demo if data.is_demo(args.option) else recipe)
-    check_range(parser, args, "batch_size accumulate save_step keep max_skips val_batch_size", 1)
-    check_range(parser, args, "val_limit max_step lora_rank seed workers lr weight_decay jitter", 0)
-    check_range(parser, args, "point_ratio miss_ratio think_ratio lora_dropout warmup", 0, 1)
-    check_range(parser, args, "clip", 1e-9)
-    if not args.max_step and args.epochs <= 0:
-        parser.error("nothing to do: set --epochs or --max_step")
-    return args
+    add("--point_ratio", type=number(float, 0, 1), help="share of batches on the point task")
+    add("--think_ratio", type=number(float, 0, 1), default=0.0, help="share of reasoned answers")
+    add("--lora_dropout", type=number(float, 0, 1), help="dropout on LoRA's input")
+    add("--epochs", type=number(float, 1e-9), default=2, help="passes, where --max_step is 0")
+    add("--workers", type=number(int, 0), default=0, help="processes that load data")
+    add("--val_limit", type=number(int, 0), default=200, help="validation samples; 0: none")
+    return fill_defaults(parser.parse_args(argv), DEFAULTS)
 
 
-def add_run_flags(add):
-    """What both stages have alike: on what a run runs, and how it is kept."""
-    on_off = argparse.BooleanOptionalAction
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--gradient_checkpointing", action=on_off, default=False, help="less memory, more time")
-    add("--skip_bad", action=on_off, default=False, help="leave bad records out, and list them")
-    add("--log_dir", default="runs", help="results go to <log_dir>/<version_name>")
-    add("--merge", action=on_off, default=True, help="write merged weights beside the adapter")
-    add("--keep", type=int, default=2, help="checkpoints that stay")
-    add("--resume", action=on_off, default=False, help="go on from the last checkpoint")
-    add("--max_skips", type=int, default=5, help="end after so many nan or inf updates in a row")
-    add("--val_batch_size", type=int, help="validation samples per process and batch")
-
-
-def check_range(parser, args, names, least, most=math.inf):
-    """End with a line unless each of these settings lies from `least` to `most`."""
-    for name in names.split():
-        if not least <= getattr(args, name) <= most:  # nan is not, either
-            upper = "" if most == math.inf else f" to {most:g}"
-            parser.error(f"--{name} {getattr(args, name)}: expected {least:g}{upper or ' or more'}")
-
-
-# ------------------------------------------------------------------------- loss and update
+# ------------------------------------------------------------------------- loss and schedule
 
 
 def answer_loss(model, batch):
@@ -162,428 +98,437 @@ def cosine(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-# ------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------- flags of both stages
 
 
-def start_run(args):
-    """Begin a stage of training: (rank, world, local_rank, folder).
+def add_common_flags(parser, defaults):
+    """The flags of both stages. Returns the function that adds further ones. Flags in `defaults`
+    have two defaults: one for real data sets, one for the demo."""
 
-    Joins the group of processes that torchrun started, if any (else 0, 1, 0; nccl on CUDA, gloo on
-    CPU), gives args.device its number, and names the folder, <log_dir>/<version_name>.
-    """
-    folder = Path(args.log_dir) / args.version_name
-    if Path(args.model_path).resolve() == folder.resolve():  # its own base, or its own reference
-        raise InputError(f"--model_path {folder} would be overwritten: give a new --version_name")
-    rank, world, local_rank = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    if args.device == "cuda":  # before it is tried: every process would open the first one
-        args.device = f"cuda:{local_rank}"
-    sampler.check_device(args.device)
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
-    if world > 1:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    if rank == 0:
-        lock(folder)
-    return rank, world, local_rank, folder
+    def add(name, **options):
+        if name.strip("-") in defaults:  # fill_defaults chooses, once the data set is known
+            recipe, demo = defaults[name.strip("-")]
+            options["help"] += f" (default {recipe:g}; demo {demo:g})"
+        parser.add_argument(name, **options)
 
-
-def lock(folder):
-    """InputError if another process trains into this folder, or it cannot be written."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # never closed: the system lets go of the lock when the process ends, however it ends
-        file = os.open(f"{folder}.lock", os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error}): set --log_dir") from None
-    try:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # Windows
-    except OSError:
-        raise InputError(
-            f"another run is writing to {folder}: wait for its end, or give a --version_name"
-        ) from None
-
-
-def sum_over_processes(values, device):
-    """Numbers, each summed over all processes."""
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values.tolist()
+    on_off, share = argparse.BooleanOptionalAction, number(float, 0, 1)
+    count, natural, positive = number(int, 1), number(int, 0), number(float, 0)
+    # data and tasks
+    add("--option", default="demo", help="set: demo, RRSISD, refsegrs ...; several: a,b or a:2,b")
+    add("--data_root", default="demo_data", help="folder that holds the data set")
+    add("--split", default="train", help="split to train on")
+    add("--skip_bad", action=on_off, default=False, help="leave bad records out, and list them")
+    add("--prompts", choices=["points", "sam"], default="points", help=data.PROMPTS_HELP)
+    add("--miss_ratio", type=share, default=0.15, help="share of grids in any object's box")
+    add("--jitter", type=positive, default=0.1, help="box jitter of the point task, in box sides")
+    # optimisation
+    add("--lora_rank", type=natural, default=64, help="rank of LoRA; 0 trains all parameters")
+    add("--lora_alpha", type=count, default=128, help="LoRA's update is scaled by alpha / rank")
+    add("--lr", type=positive, help="peak learning rate")
+    add("--weight_decay", type=positive, default=0.01, help="AdamW's weight decay")
+    add("--batch_size", type=count, help="samples per process and micro-batch")
+    add("--accumulate", type=count, help="micro-batches per update")
+    add("--max_step", type=natural, help="stop after so many updates; 0: --epochs decides")
+    add("--warmup", type=share, default=0.03, help="share of the updates in which the rate rises")
+    add("--clip", type=number(float, 1e-9), default=1.0, help="largest gradient norm")
+    add("--max_skips", type=count, default=5, help="end after so many nan or inf updates in a row")
+    # system and output
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--gradient_checkpointing", action=on_off, default=False, help="less memory, more time")
+    add("--seed", type=natural, default=0, help="of data order, tasks, jitter and sampling")
+    add("--log_dir", default="runs", help="results go to <log_dir>/<version_name>")
+    add("--merge", action=on_off, default=True, help="write merged weights beside the adapter")
+    add("--save_step", type=count, help="save every so many updates, and at the end")
+    add("--keep", type=count, default=2, help="checkpoints that stay")
+    add("--resume", action=on_off, default=False, help="continue from the last checkpoint")
+    add("--val_batch_size", type=count, help="validation samples per process and batch")
+    return add
 
 
-def sum_gradients(parameters):
+def fill_defaults(args, defaults):
+    """Set what was not given; --option says which of the two defaults applies."""
+    for key, (recipe, demo) in defaults.items():
+        if getattr(args, key) is None:
+            setattr(args, key, demo if data.is_demo(args.option) else recipe)
+    return args
+
+
+# ------------------------------------------------------------------------- how a run is kept
+# <run>/checkpoints/<update>/rank<r>of<n>.pt holds what process r needs to continue as if it had
+# never stopped. Process 0 also holds what all have in common.
+
+# All other settings must be those of the run. Of --model_path, --data_root and --sam_ckpt the
+# content is compared, not the path.
+MAY_DIFFER_ON_RESUME = """model_path data_root sam_ckpt log_dir version_name resume keep save_step
+max_skips merge workers skip_bad device gradient_checkpointing val_batch_size ref_url ref_device
+ref_patience""".split()
+
+
+class Run:
+    """A training run: its processes, folder, log, checkpoints, and the signals that stop it."""
+
+    def __init__(self, args):
+        """Join the processes that torchrun started, if any, and lock the folder."""
+        self.args, self.folder = args, Path(args.log_dir) / args.version_name
+        if Path(args.model_path).resolve() == self.folder.resolve():
+            raise InputError(f"--model_path {self.folder} would be overwritten: --version_name")
+        self.rank, self.world, self.local_rank = (
+            int(os.environ.get(name) or default)
+            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+        self.device = f"cuda:{self.local_rank}" if args.device == "cuda" else args.device
+        sampler.check_device(self.device)
+        self.is_cuda = self.device.startswith("cuda")
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.is_cuda else "gloo")
+        # full fine-tuning needs float32 weights: updates of 1e-5 vanish in bfloat16
+        self.dtype = torch.bfloat16 if self.is_cuda and args.lora_rank else torch.float32
+        self.done, self.skipped, self.in_a_row = 0, 0, 0
+        if self.rank == 0:
+            self.lock()
+        self.signal = 0  # the number of the one that came
+        signal.signal(signal.SIGTERM, self.note_signal)
+        signal.signal(signal.SIGINT, self.note_signal)
+
+    def lock(self):
+        """InputError if another run writes to this folder. The lock ends with the process."""
+        with error_border(f"cannot write to {self.folder}", "set --log_dir"):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.lock_file = open(f"{self.folder}.lock", "w")
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"another run is writing to {self.folder}: wait, or give a --version_name"
+            raise InputError(message) from None
+        except (ImportError, OSError):
+            pass  # a file system without locks
+
+    def note_signal(self, number, frame):
+        """Let the loop finish its update. A second Ctrl-C ends the process at once."""
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def print0(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, values):
+        """Numbers, each summed over all processes."""
+        values = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def update(self, optimizer, parameters, loss, divide_by=1):
+        """Take one optimizer step with the gradients of all processes; return their norm.
+
+        loss: summed over all processes. NOTE: a step whose loss or gradient is nan or infinite is
+        skipped and counted, as it would spoil all weights.
+        """
+        sum_gradients(parameters, self.world)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= divide_by
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.clip).item()
+        if math.isfinite(loss + norm):
+            optimizer.step()
+            self.in_a_row = 0
+        else:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        optimizer.zero_grad()
+        return norm
+
+    def resume(self, model, processor, samples):
+        """With --resume the newest whole checkpoint, else None; opens the log. InputError if the
+        checkpoint is of another run."""
+        ignored = lambda key: key in MAY_DIFFER_ON_RESUME
+        settings = {key: value for key, value in vars(self.args).items() if not ignored(key)}
+        settings["model"] = f"{model.dtype}, fingerprint {sampler.fingerprint(model, processor)}"
+        settings["checksum of the data"] = data.checksum(samples)
+        if "mask" in getattr(self.args, "reward", ()):
+            settings["checksum of --sam_ckpt"] = zlib.crc32(Path(self.args.sam_ckpt).read_bytes())
+        self.settings = settings
+        saved = self.read_newest_checkpoint() if self.args.resume else None
+        if saved:
+            before = saved["settings"]
+            changed = [
+                f"{key} was {before.get(key)} and is {value}"
+                for key, value in settings.items()
+                if before.get(key) != value
+            ]
+            if changed:
+                remedy = "repeat the settings of the run (args.json), or give a --version_name"
+                raise InputError(f"--resume: {', '.join(changed)}: {remedy}")
+            self.done, (self.skipped, self.in_a_row) = saved["step"], saved["skipped"]
+            self.print0(f"continuing after update {self.done}")
+        elif self.args.resume:
+            self.print0(f"no whole checkpoint in {self.folder}: the run starts from the beginning")
+        if self.rank == 0:
+            self.open_log()
+        return saved
+
+    def checkpoints(self):
+        """The oldest first."""
+        return sorted(p for p in self.folder.glob("checkpoints/*") if p.name.isdigit())
+
+    def read_newest_checkpoint(self):
+        """The dict of process 0 with this process's own entries in it; None if none is whole."""
+        step = 0
+        for path in reversed(self.checkpoints()) if self.rank == 0 else ():
+            problem = checkpoint_error(path)
+            if problem is None:
+                step = int(path.name)
+                break
+            print(f"NOTE: checkpoint {path} is damaged ({problem}) and left out")
+        (step,) = self.sum([step])  # process 0 has looked for all
+        if not step:
+            return None
+        path, saved = self.folder / "checkpoints" / f"{int(step):08}", {}
+        remedy = f"it must be ours, and of {self.world} processes"
+        with error_border(f"--resume: {path} cannot be read", remedy):
+            for rank in (0, self.rank):  # NOTE: weights_only, so that a file cannot run code
+                file = path / f"rank{rank}of{self.world}.pt"
+                saved |= torch.load(file, "cpu", weights_only=True, mmap=True)
+            return {**saved, "settings": dict(saved["settings"])}
+
+    def open_log(self):
+        """train.jsonl, less the lines of updates that come again. An earlier run of the same name
+        is moved, not overwritten."""
+        folder, path = self.folder, self.folder / "train.jsonl"
+        is_used = any(
+            (folder / name).exists() for name in ("checkpoints", "config.json", "adapter")
+        )
+        if not self.done and (is_used or (path.exists() and not self.args.resume)):
+            aside = next(p for i in count(1) if not (p := Path(f"{folder}.{i}")).exists())
+            os.replace(folder, aside)
+            print(
+                f"NOTE: the run that was in {folder} is in {aside} now (--resume continues a run)"
+            )
+        with self.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "args.json").write_text(json.dumps(vars(self.args)))
+            kept = [row for row in data.read_jsonl(path) if row["step"] <= self.done]
+            path.with_suffix(".new").write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(path.with_suffix(".new"), path)
+        self.file = open(path, "a")
+
+    def writing(self, path):
+        """The border around writing to disk."""
+        remedy = "earlier checkpoints are whole, make room and continue with --resume"
+        return error_border(f"cannot write {path}", remedy)
+
+    def log(self, line):
+        """Write one JSON object. What is not finite is null, as JSON has no nan. InputError after
+        --max_skips skipped updates in a row."""
+        finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
+        if self.rank == 0:
+            with self.writing(self.file.name):
+                self.file.write(json.dumps({k: finite(v) for k, v in line.items()}) + "\n")
+                self.file.flush()
+        if self.in_a_row >= self.args.max_skips:
+            raise InputError(
+                f"{self.in_a_row} updates in a row were skipped, as loss or gradient was nan or "
+                "infinite: start again with a lower --lr (the weights saved so far are finite)"
+            )
+
+    def validate(self, model, processor, val):
+        """eval.validate with the settings of this run."""
+        args = self.args
+        return validate(model, processor, val, args.prompts, args.val_batch_size, args.val_limit)
+
+    def save(self, step, model, processor, optimizer, before):
+        """Write the model folder, then the checkpoint. All processes call it.
+
+        The checkpoint is written beside and renamed, so it is there as a whole or not at all.
+        """
+        own = {"torch": torch.get_rng_state()}
+        if self.is_cuda:
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
+        # ZeroRedundancyOptimizer: every process has a part of the state; else all have the same
+        part = getattr(optimizer, "optim", optimizer)
+        if self.rank == 0 or part is not optimizer:
+            own["optimizer"] = part.state_dict()
+        if self.rank == 0:
+            trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+            own |= {"step": step, "trained": trained, "before": before, "settings": self.settings}
+            own["skipped"] = self.skipped, self.in_a_row
+        new = self.folder / "checkpoints" / "new"
+        if self.rank == 0:
+            with self.writing(self.folder):
+                if self.args.lora_rank:
+                    sampler.save_adapter(model, self.folder / "adapter", self.args.model_path)
+                if self.args.merge or not self.args.lora_rank:
+                    sampler.save_policy(model, processor, self.folder)
+                shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while saving
+                new.mkdir(parents=True)
+        self.barrier()
+        with self.writing(new):
+            torch.save(own, new / f"rank{self.rank}of{self.world}.pt")
+        self.barrier()
+        if self.rank == 0:
+            shutil.rmtree(new.with_name(f"{step:08}"), ignore_errors=True)  # a damaged one
+            os.replace(new, new.with_name(f"{step:08}"))
+            for old in self.checkpoints()[: -self.args.keep]:
+                shutil.rmtree(old)
+        self.barrier()  # nobody goes on, or ends, before it is there
+
+    def restore(self, saved, model, optimizer):
+        """Put everything where it was when `saved` was written."""
+        parameters = dict(model.named_parameters())
+        for name, value in saved["trained"].items():
+            parameters[name].data.copy_(value)
+        getattr(optimizer, "optim", optimizer).load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["torch"])
+        if self.is_cuda:
+            torch.cuda.set_rng_state(saved["cuda"], self.device)
+
+    def exit_if_stopped(self, step, steps):
+        """If a signal came to any process, end with the status that shells give for it."""
+        if not any(self.sum([self.signal])):
+            return
+        number = self.signal or signal.SIGTERM
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        self.print0(
+            f"\nstopped by {name} after update {step} of {steps}, saved: --resume continues there"
+        )
+        if self.world > 1:
+            dist.destroy_process_group()
+        raise SystemExit(128 + number)
+
+    def finish(self, model, processor, val, before, flags=""):
+        """Validate again, print the change and what to do next, and leave the process group."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        after = self.validate(model, processor, val)
+        for name, old in before.items():
+            new = after[name]
+            self.print0(
+                f"val, {name:<8}: box IoU {old['box_iou']:.3f} -> {new['box_iou']:.3f}, "
+                f"point accuracy {old['point_acc']:.3f} -> {new['point_acc']:.3f}"
+            )
+        command = f"python eval.py{flags} --eval_model_path {self.folder}"
+        self.print0(f"written: {self.folder}. Next: {command}")
+        self.barrier()
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def sum_gradients(parameters, world):
     """Sum gradients over all processes, also over one that had nothing to train on."""
-    for parameter in parameters if dist.is_initialized() else ():
+    for parameter in parameters if world > 1 else ():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
 
 
-class Stop:
-    """SIGTERM and Ctrl-C as a wish that the loop grants when its update is whole. `signal` is the
-    number of the one that came, else 0."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
-
-    def forget(self):
-        """From here on both end the process as they usually do."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def leave(stop, step, steps, say):
-    """End a run that was asked to stop, with the status that shells give for the signal."""
-    number = stop.signal or signal.SIGTERM  # the signal may have reached another process only
-    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    say(f"stopped by {name} after update {step} of {steps}, saved: --resume goes on from there")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    raise SystemExit(128 + number)
-
-
-def ignore_signals(*_):
-    """For workers: a Ctrl-C reaches them too, and the loop still needs them."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-# ------------------------------------------------------------------------- the log
-
-
-def write_line(log, line):
-    """One JSON object a line; what is not finite is null, as JSON has no nan."""
-    finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
-    with writing(log.name):
-        log.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
-        log.flush()
-
-
-def check_skips(in_a_row, most):
-    """InputError after `most` updates in a row that had to be skipped."""
-    if in_a_row >= most:
-        raise InputError(
-            f"{in_a_row} updates in a row had a loss or gradient that is nan or infinite, and were "
-            "skipped: start again with a lower --lr (the weights saved so far are finite)"
-        )
-
-
-# ------------------------------------------------------------------------- checkpoints
-# <run>/checkpoints/<update>/rank<r>of<n>.pt: what process r needs to go on as if it had never
-# stopped, and beside it its sha256. Process 0 also holds what all have in common.
-
-# settings that may differ when a run goes on; all others must be those of the run. What
-# --model_path, --data_root and --sam_ckpt lead to is compared, not the paths.
-FREE = """model_path data_root sam_ckpt log_dir version_name resume keep save_step max_skips
-merge workers skip_bad device gradient_checkpointing val_batch_size ref_url ref_device
-ref_patience""".split()
-
-
-def settings_of(args, model, processor, samples):
-    """What makes a run this run, as it was begun: a checkpoint of another one is refused."""
-    settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    settings["dtype of the model"] = str(model.dtype)
-    settings["fingerprint of the model"] = sampler.fingerprint(model, processor)
-    if "mask" in getattr(args, "reward", ()):
-        settings["checksum of --sam_ckpt"] = sha256(args.sam_ckpt)
-    return {**settings, "checksum of the data": digest(samples)}
-
-
-def random_state(device):
-    """Of all generators, in types that torch.load takes without running code."""
-    name, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    state["torch"] = torch.get_rng_state()
-    if device.startswith("cuda"):
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state, device):
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and device.startswith("cuda"):
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def sha256(path):
-    state = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**24):
-            state.update(chunk)
-    return state.hexdigest()
-
-
-@contextmanager
-def writing(path):
-    """A write that fails (a full disk) is one line; what was written before is still there."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise  # while merging: no matter of the disk
-    except (OSError, RuntimeError, SafetensorError) as error:
-        why = (str(error).strip() or repr(error)).splitlines()[0][:150]
-        raise InputError(
-            f"cannot write {path} ({why}): is the disk full? Earlier checkpoints are whole: make "
-            "room and go on with --resume"
-        ) from None
-
-
-def save_run(folder, step, args, model, processor, optimizer, rest):
-    """The model folder, and then the checkpoint that says so. All processes call it. `rest`: what
-    else to go on with, numbers and text. args: device, keep, and see sampler.save_trained.
-
-    Written beside and renamed, so that a checkpoint is there as a whole or not at all; the last
-    `keep` stay.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    wait = dist.barrier if world > 1 else lambda: None
-    own = {"random": random_state(args.device)}
-    # ZeroRedundancyOptimizer: every process has a share of the state; else all have the same
-    share = getattr(optimizer, "optim", optimizer)
-    if rank == 0 or share is not optimizer:
-        own["optimizer"] = share.state_dict()
-    if rank == 0:
-        trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        own |= {"step": step, "trained": trained, **rest}
-    new = folder / "checkpoints" / "new"
-    path = new / f"rank{rank}of{world}.pt"
-    with writing(folder):
-        if rank == 0:
-            sampler.save_trained(model, processor, args, folder)
-            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while saving
-            new.mkdir(parents=True)
-    wait()
-    with writing(path):
-        torch.save(own, path)
-        path.with_suffix(".sha256").write_text(f"{sha256(path)}  {path.name}\n")
-    wait()
-    if rank == 0:
-        os.replace(new, folder / "checkpoints" / f"{step:08}")
-        for old in checkpoints_in(folder)[: -args.keep]:
-            shutil.rmtree(old)
-    wait()  # nobody goes on, or ends, before it is there
-
-
-def checkpoints_in(folder):
-    """The oldest first."""
-    return sorted(path for path in folder.glob("checkpoints/*") if path.name.isdigit())
-
-
-def damage(checkpoint):
-    """What is wrong with a checkpoint, or None."""
+def checkpoint_error(checkpoint):
+    """What is wrong with a checkpoint's files, or None."""
     names = sorted(path.name for path in checkpoint.glob("rank*.pt"))
     world = int(names[0].removesuffix(".pt").partition("of")[2]) if names else 1
     for path in (checkpoint / f"rank{rank}of{world}.pt" for rank in range(world)):
-        try:
-            written = path.with_suffix(".sha256").read_text().split()[:1]
-            if written != [sha256(path)]:
-                return f"{path.name} is not what was written"
-        except (OSError, ValueError) as error:
-            return f"{path.name} cannot be checked: {error}"
+        try:  # NOTE: torch.load compares no checksums
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    return f"{path.name}: {bad} is not what was written"
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            return f"{path.name}: {error}"
     return None
 
 
-def load_checkpoint(folder, settings, rank, world, device):
-    """The newest checkpoint that is whole, as save_run's dict of process 0 with this
-    process's own entries in it; None if there is none. InputError if it is another run's."""
-    step = 0
-    for path in reversed(checkpoints_in(folder)) if rank == 0 else ():
-        problem = damage(path)
-        if problem is None:
-            step = int(path.name)
-            break
-        aside = path.with_name(f"{path.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(path, aside)
-        print(f"NOTE: checkpoint {path} is damaged ({problem}) and left out")
-    (step,) = sum_over_processes([step], device)  # process 0 has looked for all
-    if not step:
-        if rank == 0:
-            print(f"no whole checkpoint in {folder}: the run starts from the beginning")
-        return None
-    path = folder / "checkpoints" / f"{int(step):08}"
-    # NOTE: weights_only, so that a checkpoint from elsewhere cannot run code
-    read = lambda rank: torch.load(
-        path / f"rank{rank}of{world}.pt", "cpu", weights_only=True, mmap=True
-    )
-    count = len(list(path.glob("rank*.pt")))
-    if count != world:
-        raise InputError(f"--resume: {path} is of {count} processes, not of {world}: start as many")
-    try:
-        saved = {**read(0), **read(rank)}
-        begun = saved["settings"]
-    except (RuntimeError, *sampler.UNPICKLING_ERRORS) as error:
-        raise InputError(
-            f"--resume: {path} is no checkpoint of ours ({type(error).__name__}): remove it"
-        ) from None
-    changed = [
-        f"{key} was {begun.get(key)} and is {value}"
-        for key, value in settings.items()
-        if begun.get(key) != value
-    ]
-    if changed:
-        raise InputError(
-            f"--resume: {', '.join(changed)}: repeat the settings of the run ({folder}/args.json), "
-            "or begin another with --version_name"
-        )
-    return saved
-
-
-def restore(saved, model, optimizer, device):
-    """Put everything where it was when `saved` was written."""
-    parameters = dict(model.named_parameters())
-    for name, value in saved["trained"].items():
-        parameters[name].data.copy_(value)
-    getattr(optimizer, "optim", optimizer).load_state_dict(saved["optimizer"])
-    set_random_state(saved["random"], device)
-
-
-def open_log(folder, args, step):
-    """train.jsonl, to go on after update `step`: what an interrupted run wrote behind its last
-    checkpoint is cut off, as it comes again. An earlier run of this name is moved, not lost."""
-    path = folder / "train.jsonl"
-    saved = any((folder / name).exists() for name in ("checkpoints", "config.json", "adapter"))
-    if not step and (saved or (path.exists() and not args.resume)):
-        aside = next(f"{folder}.{i}" for i in count(1) if not Path(f"{folder}.{i}").exists())
-        os.replace(folder, aside)
-        print(f"NOTE: the run that was in {folder} is in {aside} now (--resume goes on with a run)")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
-        kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-        path.with_suffix(".new").write_text("".join(kept))
-        os.replace(path.with_suffix(".new"), path)
-    return open(path, "a")
+def ignore_signals(*_):
+    """For data workers: a Ctrl-C reaches them too, and the loop still needs them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------- main
 
 
 def main(args):
-    # 1. Processes, model, data; with --resume, the last checkpoint.
-    rank, world, _, folder = start_run(args)
-    on_gpu = args.device.startswith("cuda")
-    say = print if rank == 0 else lambda *_: None
-    trainable, val = data.load_for_training(args, rank)
-    # full fine-tuning keeps float32 weights, as updates of 1e-5 vanish in bfloat16
-    dtype = torch.bfloat16 if on_gpu and args.lora_rank else torch.float32
-    model, processor = sampler.load_policy(args.model_path, args.device, dtype)
-    say(f"model: {args.model_path}, {len(trainable)} refs of {args.option}/{args.split}")
-    settings = settings_of(args, model, processor, trainable + val)
-    saved = load_checkpoint(folder, settings, rank, world, args.device) if args.resume else None
-    before = saved["before"] if saved else validate_both(model, processor, val, args)
+    # 1. Processes, data, model; with --resume, the last checkpoint.
+    run = Run(args)
+    train, val = data.load_for_training(args)
+    model, processor = sampler.load_policy(args.model_path, run.device, run.dtype)
+    run.print0(f"model: {args.model_path}, {len(train)} refs of {args.option}/{args.split}")
+    saved = run.resume(model, processor, train + val)
+    before = saved["before"] if saved else run.validate(model, processor, val)
 
     # 2. What is trained.
-    torch.manual_seed(args.seed + rank)
+    torch.manual_seed(args.seed + run.rank)
     trained = sampler.make_trainable(model, args, args.lora_dropout)
-    steps = args.max_step or math.ceil(
-        args.epochs * len(trainable) / (args.batch_size * world * args.accumulate)
-    )
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
-    share = sum(p.numel() for p in trained) / sum(p.numel() for p in model.parameters())
-    say(f"{sum(p.numel() for p in trained):,} trained parameters ({share:.1%}), {steps} updates")
+    per_update = args.batch_size * run.world * args.accumulate
+    steps = args.max_step or math.ceil(args.epochs * len(train) / per_update)
+    run.print0(f"{sum(p.numel() for p in trained):,} trained parameters, {steps} updates")
 
-    # 3. Where the walk through the data, and all else, stands.
-    done = saved["step"] if saved else 0
-    skipped, in_a_row = saved["skipped"] if saved else (0, 0)
+    # 3. Batches, in an order that follows from the seed and the number of updates done.
     frame_of = lambda width, height: sampler.answer_frame(model, processor, width, height)
-    shares = data.share_draws(args.option, trainable)
-    order = data.Order(len(trainable), args, rank, world, shares)
-    order.set_epoch(*divmod(done * args.accumulate, len(order.batches)))
+    order = data.PromptSampler(data.mixture_counts(args.option, train), args, run.rank, run.world)
+    order.skip(run.done * args.accumulate)
+
+    def collate(prompts):
+        columns = zip(*((p.image, p.text, p.answer) for p in prompts))
+        return data.collate(processor, *map(list, columns))
+
     loader = DataLoader(
-        data.Questions(trainable, frame_of, args),
+        data.PromptDataset(train, frame_of, args),
         batch_sampler=order,
-        collate_fn=lambda asked: data.collate(processor, *list(zip(*asked))[:3]),
+        collate_fn=collate,
         num_workers=args.workers,
-        multiprocessing_context="fork" if args.workers else None,  # the lambdas cannot be pickled
+        multiprocessing_context="fork" if args.workers else None,  # closures cannot be pickled
         worker_init_fn=ignore_signals,
     )
     batches = iter(loader)
-    log = open_log(folder, args, done) if rank == 0 else None
     if saved:
-        restore(saved, model, optimizer, args.device)
-        say(f"going on after update {done}")
+        run.restore(saved, model, optimizer)
         del saved
 
     # 4. The loop.
-    stop = Stop()
-    bar = tqdm(range(done + 1, steps + 1), "SFT", initial=done, total=steps, disable=rank > 0)
+    bar = tqdm(
+        range(run.done + 1, steps + 1), "SFT", initial=run.done, total=steps, disable=run.rank > 0
+    )
     for step in bar:
         start = time.time()
         lr = args.lr * cosine(step - 1, steps, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        sums = np.zeros(3)  # loss, answer tokens, all tokens
+        sums = [0.0, 0, 0]  # loss, answer tokens, all tokens
         for _ in range(args.accumulate):
-            batch = {key: value.to(args.device) for key, value in next(batches).items()}
+            batch = {key: value.to(run.device) for key, value in next(batches).items()}
             tokens = int(batch["attention_mask"].sum())
             with sampler.mixed_precision(model):
                 loss, answer_tokens = answer_loss(model, batch)
             loss.backward()
-            sums += [loss.item(), answer_tokens, tokens]
-        loss, answer_tokens, tokens, stopping = sum_over_processes(
-            [*sums, stop.signal], args.device
-        )
-        sum_gradients(trained)
-        for parameter in trained:
-            if parameter.grad is not None:
-                parameter.grad /= answer_tokens
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip).item()
-        if math.isfinite(loss + norm):  # NOTE: one nan in the weights and all is nan from then on
-            optimizer.step()
-            in_a_row = 0
-        else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-        optimizer.zero_grad()
-        if rank == 0:
-            seconds = time.time() - start
-            line = {
-                "step": step,
-                "loss": loss / answer_tokens,
-                "grad_norm": norm,
-                "lr": lr,
-                "skipped": skipped,
-                "tokens_per_s": tokens / seconds,
-                "seconds": seconds,
-            }
-            write_line(log, line)
-            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
-        check_skips(in_a_row, args.max_skips)
+            sums = [a + b for a, b in zip(sums, (loss.item(), answer_tokens, tokens))]
+        loss, answer_tokens, tokens, stopping = run.sum([*sums, run.signal])
+        norm = run.update(optimizer, trained, loss, divide_by=answer_tokens)
+        seconds = time.time() - start
+        line = {
+            "step": step,
+            "loss": loss / answer_tokens,
+            "grad_norm": norm,
+            "lr": lr,
+            "skipped": run.skipped,
+            "tokens_per_s": tokens / seconds,
+            "seconds": seconds,
+        }
+        bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
+        run.log(line)
         if step % args.save_step == 0 or step == steps or stopping:
-            rest = {"settings": settings, "before": before, "skipped": (skipped, in_a_row)}
-            save_run(folder, step, args, model, processor, optimizer, rest)
-        if stopping:
-            bar.close()
-            leave(stop, step, steps, say)
-    if any(sum_over_processes([stop.signal], args.device)):  # it came while the last was saved
-        leave(stop, steps, steps, say)
-    stop.forget()
+            run.save(step, model, processor, optimizer, before)
+        if step == steps or stopping:
+            run.exit_if_stopped(step, steps)
 
-    # 5. What it brought.
-    after = validate_both(model, processor, val, args)
-    if rank == 0:
-        print_gain(before, after)
-    say(f"written: {folder}. Next: {next_command(folder, args)}")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    # 5. Validate again.
+    run.finish(model, processor, val, before)
 
 
 if __name__ == "__main__":
