@@ -1,40 +1,47 @@
 """Stage two of training: Pixel-Aware GRPO, reinforcement learning on boxes and points.
 
-SFT shows the model answers; here it finds its own. One update:
+SFT shows the model answers. Here it finds its own, and learns from how much better or worse each is
+than its siblings. One update:
 
-1. **Ask.** Draw prompts: the box of a phrase, or (`--point_ratio`) the labels of a grid of points;
-   a share (`--think_ratio`) asks for reasoning first. With `--prompts sam` one prompt asks for box
-   and two points of every instance, which may be several or none.
+1. **Prompt.** Draw prompts: the box of a phrase, or (`--point_ratio`) the labels of a grid of
+   points. A share (`--think_ratio`) asks for reasoning first. With `--prompts sam` one prompt asks
+   for box and two points of every instance; there may be several or none.
 2. **Sample** G completions of each prompt at temperature tau.
 3. **Reward** each: IoU of its boxes with the truth, or the share of points labelled right; or
-   (`--reward mask`) IoU of the mask that SAM, frozen, makes of the answer. And 1 for keeping the
-   format, and 1 for valid JSON: one that had to be repaired is read, but does not earn it.
-4. **Advantage**: how much better than its own group, adv = (r - mean) / (std + 1e-4). A group whose
-   rewards are all alike says nothing and is dropped.
-5. **Reference**: a server (ref_server.py) gives log p_ref of the same tokens, meanwhile.
-6. **Loss**, per token, with d = ref_logp - logp and ratio = exp(logp - old_logp):
+   (`--reward mask`) IoU of the mask that the frozen SAM makes of the answer. Keeping the format is
+   worth 1, and so is valid JSON with `--prompts sam`.
+4. **Advantage**: how much better a completion is than its group, adv = (r - mean) / (std + 1e-4). A
+   group whose rewards are all alike has no signal and is dropped.
+5. **Reference**: a server (ref_server.py) computes log p_ref of the same tokens meanwhile.
+6. **Loss** per token, with d = ref_logp - logp and ratio = exp(logp - old_logp):
 
        loss = - min(ratio * adv, clip(ratio, 1 - eps_low, 1 + eps_high) * adv)
               + beta * (exp(d) - d - 1)
 
-7. **Update**, `--mu` times: AdamW on LoRA and the vision merger; the ratio leaves 1 at the second.
-   The learning rate rises, then falls in a line to nothing.
+7. **Update**, `--mu` times: AdamW on LoRA and the vision merger. The ratio leaves 1 at the second.
+   The learning rate rises, then falls linearly to 0.
 
-`--loss` says what one token weighs: `grpo` 1 / (its completion's length * completions), `dapo` 1 /
+`--loss` sets the weight of a token: `grpo` 1 / (length of its completion * completions), `dapo` 1 /
 (all tokens), `dr_grpo` 1 / (longest allowed * completions), with the advantage not divided by std.
 Sums run over all micro-batches and processes, so N processes take the step of one with N times the
 batch.
 
     python grpo.py                                  # the demo: from runs/sft, minutes on two cores
-    python grpo.py --resume                         # go on with a run that was cut off
+    python grpo.py --resume                         # continue a run that was cut off
     python grpo.py --option demo_reason --prompts sam --reward mask  # after sft.py --prompts sam
     torchrun --nproc_per_node 4 grpo.py --model_path runs/sft \\
         --data_root /path/to/RRSIS-D --option RRSISD --gradient_checkpointing
 
-`--prompts sam` and the mask reward are those of Think2Seg-RS, `--reward box,point,mask` mixes them.
-Departures from the paper (ReSaP): an answer with several boxes is matched box by box, points are
-judged in jittered and wrong boxes too (see sft.py), and truncated completions can be left out
-(`--mask_truncated`).
+train.jsonl, over all processes: `reward`, the weighted sum, and each `reward_*` (null where it does
+not apply); `reward_std` within a group; `dropped`, share of groups without signal; `policy_loss`,
+near 0 at mu = 1, though its gradient is not: watch the rewards; `kl` per token; `clipped`, share of
+tokens where the clip acts; `length` in tokens; `truncated` and `repaired`, shares of completions;
+`rollout_gap`, rounding between a token's log-prob in sampling and scoring; `grad_norm` before
+clipping; `skipped`, updates so far with a number that was not finite; seconds of the four phases.
+
+`--prompts sam` and the mask reward are those of Think2Seg-RS. Departures from the paper (ReSaP):
+boxes are matched one to one, points are judged in jittered and wrong boxes too (see sft.py), and
+`--mask_truncated` can leave out completions that were cut off.
 """
 
 import argparse
@@ -42,6 +49,8 @@ import math
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +61,8 @@ from tqdm import tqdm
 import data
 import ref_server
 import sampler
-import sft
-from eval import next_command, note_prompts, print_gain, validate_both
-from sampler import InputError
+from sampler import InputError, number
+from sft import Run, add_common_flags, fill_defaults
 
 # (the recipe for an 8 B model, the demo)
 DEFAULTS = dict(
@@ -68,218 +76,149 @@ DEFAULTS = dict(
     val_limit=(200, 100),
     val_batch_size=(8, 64),
 )
-_URL = re.compile(r"http://[\w.-]+:[0-9]{1,5}/?")
+REWARDS = ("box", "point", "mask", "json", "format")
+URL = re.compile(r"http://[\w.-]+:[0-9]{1,5}/?")
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-
-    def add(name, **options):
-        if name.strip("-") in DEFAULTS:  # resolved below, where the data set is known
-            recipe, demo = DEFAULTS[name.strip("-")]
-            options["help"] += f" (default {recipe:g}; demo {demo:g})"
-        parser.add_argument(name, **options)
-
-    on_off = argparse.BooleanOptionalAction
-    # model and data
+    add = add_common_flags(parser, DEFAULTS)
+    on_off, share, count = argparse.BooleanOptionalAction, number(float, 0, 1), number(int, 1)
+    positive, above, weight = number(float, 0), number(float, 1e-9), number(float, 0, 1e6)
     add("--model_path", help="folder or hub name to start from (default <log_dir>/sft)")
-    add("--option", default="demo", help="set: demo, RRSISD, refsegrs ...; several: a,b or a:2,b")
-    add("--data_root", default="demo_data", help="folder that holds the data set")
-    add("--split", default="train", help="split to train on")
-    # prompts and rollouts
-    add("--prompts", choices=["points", "sam"], default="points", help=data.PROMPTS_HELP)
-    add("--point_ratio", type=float, help="share of batches on points (0.2; see --reward)")
-    add("--miss_ratio", type=float, default=0.15, help="share of grids in any object's box")
-    add("--think_ratio", type=float, help="share of prompts that ask for reasoning")
-    add("--jitter", type=float, default=0.1, help="box jitter of the point task, in box sides")
-    add("--group", type=int, default=8, help="G, completions of each prompt")
-    add("--temperature", type=float, default=0.9, help="tau, of sampling and of all log-probs")
-    add("--max_new_tokens", type=int, help="limit of one completion; real lists 1024")
+    add("--version_name", default="grpo", help="name of this run")
+    # prompts and completions
+    add("--point_ratio", type=share, help="share of batches on points (0.2; see --reward)")
+    add("--think_ratio", type=share, help="share of prompts that ask for reasoning")
+    add("--group", type=number(int, 2), default=8, help="G, completions of each prompt")
+    add("--temperature", type=above, default=0.9, help="tau, of sampling and of all log-probs")
+    add("--max_new_tokens", type=count, help="limit of one completion; real lists 1024")
     # rewards
     add("--reward", default="box,point", help="what is rewarded beside the format: box,point,mask")
-    add("--box_weight", type=float, default=1.0, help="of the boxes' IoU (default 1)")
-    add("--point_weight", type=float, default=1.0, help="of the points' accuracy (default 1)")
-    add("--mask_weight", type=float, default=2.0, help="of the IoU of SAM's mask (default 2)")
-    add("--json_weight", type=float, default=1.0, help="of valid JSON, --prompts sam (default 1)")
-    add("--format_weight", type=float, default=1.0, help="of the format (default 1)")
+    add("--box_weight", type=weight, default=1.0, help="of the boxes' IoU (default 1)")
+    add("--point_weight", type=weight, default=1.0, help="of the points' accuracy (default 1)")
+    add("--mask_weight", type=weight, default=2.0, help="of the IoU of SAM's mask (default 2)")
+    add("--json_weight", type=weight, default=1.0, help="of valid JSON, --prompts sam (default 1)")
+    add("--format_weight", type=weight, default=1.0, help="of the format (default 1)")
     add("--sam_ckpt", default=str(sampler.TINY_SAM), help="weights of the SAM in --reward mask")
     # loss
     add("--loss", choices=["grpo", "dr_grpo", "dapo"], default="grpo", help="weight of a token")
-    add("--beta", type=float, default=0.04, help="weight of the KL penalty; 0: no reference")
-    add("--eps_low", type=float, default=0.1, help="the ratio is clipped at 1 - this")
-    add("--eps_high", type=float, default=0.1, help="and at 1 + this")
-    add("--mu", type=int, default=1, help="updates per rollout")
+    add("--beta", type=positive, default=0.04, help="weight of the KL penalty; 0: no reference")
+    add("--eps_low", type=share, default=0.1, help="the ratio is clipped at 1 - this")
+    add("--eps_high", type=positive, default=0.1, help="and at 1 + this")
+    add("--mu", type=count, default=1, help="updates per rollout")
     add("--mask_truncated", action=on_off, default=False, help="leave cut-off completions out")
+    add("--epochs", type=above, default=1, help="passes over the split, where --max_step is 0")
+    add("--val_limit", type=number(int, 0), help="validation samples; 0: none")
     # the reference
     add("--ref_url", help="server(s), comma-separated; default: start one on every machine")
-    add("--ref_patience", type=float, default=300, help="seconds to wait for it, at any time")
-    add("--ref_device", help="device of a server of one's own (default: that of local rank 0)")
-    # optimisation
-    add("--lora_rank", type=int, default=64, help="rank of LoRA; 0 trains all parameters")
-    add("--lora_alpha", type=int, default=128, help="LoRA's update is scaled by alpha / rank")
-    add("--lr", type=float, help="peak learning rate; with --lora_rank 0 the default is a tenth")
-    add("--weight_decay", type=float, default=0.01, help="AdamW's weight decay")
-    add("--batch_size", type=int, help="prompts per process and micro-batch")
-    add("--accumulate", type=int, help="micro-batches per update")
-    add("--epochs", type=float, default=1, help="passes over the split, where --max_step is 0")
-    add("--max_step", type=int, help="stop after so many rollouts; 0: --epochs decides")
-    add("--warmup", type=float, default=0.03, help="share of the run in which the rate rises")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
-    # system and output
-    sft.add_run_flags(add)
-    add("--seed", type=int, default=0, help="of data order, tasks, jitter and sampling")
-    add("--version_name", default="grpo", help="name of this run")
-    add("--save_step", type=int, help="save every so many rollouts, and at the end")
-    add("--val_limit", type=int, help="validation samples before and after; 0: none")
+    add("--ref_patience", type=above, default=300, help="seconds to wait for it, at any time")
+    add("--ref_device", help="device of the server that is started (default: that of local rank 0)")
     args = parser.parse_args(argv)
     args.reward = sorted({name.strip() for name in args.reward.split(",")})
-    fill_defaults(args)
-    check_args(parser, args)
-    return args
-
-
-def fill_defaults(args):
-    """What was not given follows from the data set, the prompts and the rewards."""
-    for key, (recipe, demo) in DEFAULTS.items():
-        if getattr(args, key) is None:
-            setattr(args, key, demo if data.is_demo(args.option) else recipe)
-            if key == "lr" and not args.lora_rank:
-                args.lr /= 10
-            if key == "max_new_tokens" and args.prompts == "sam" and not data.is_demo(args.option):
-                args.max_new_tokens = 1024  # an instance is some 40 tokens to Qwen's tokenizer
-    args.model_path = args.model_path or str(Path(args.log_dir) / "sft")
-    if args.point_ratio is None:
-        # a task without a reward of its own would teach its format and nothing else
-        args.point_ratio = {("box",): 0.0, ("point",): 1.0}.get(tuple(args.reward), 0.2)
-
-
-def check_args(parser, args):
-    """End with a line for settings out of range."""
-    counts = "batch_size accumulate save_step keep max_skips mu max_new_tokens val_batch_size"
-    sft.check_range(parser, args, counts, 1)
-    sft.check_range(parser, args, "group", 2)  # one alone has nothing to be compared with
-    names = "val_limit max_step lora_rank seed beta lr weight_decay jitter eps_high"
-    sft.check_range(parser, args, names, 0)
-    names = " ".join(f"{name}_weight" for name in REWARDS)
-    sft.check_range(parser, args, names, 0, 1e6)
-    ratios = "point_ratio miss_ratio think_ratio warmup eps_low"
-    sft.check_range(parser, args, ratios, 0, 1)
-    sft.check_range(parser, args, "clip temperature ref_patience", 1e-9)
     if not set(args.reward) <= {"box", "point", "mask"}:
         parser.error(f"--reward {','.join(args.reward)}: expected some of box,point,mask")
     if not any(getattr(args, f"{name}_weight") for name in args.reward):
         parser.error(f"--reward {','.join(args.reward)}: all of its weights are 0")
-    if args.ref_url and not all(map(_URL.fullmatch, args.ref_url.split(","))):
-        parser.error(
-            f"--ref_url {args.ref_url}: expected http://host:port, or several, comma-separated"
-        )
-    if not args.max_step and args.epochs <= 0:
-        parser.error("nothing to do: set --epochs or --max_step")
+    if args.ref_url and not all(map(URL.fullmatch, args.ref_url.split(","))):
+        parser.error(f"--ref_url {args.ref_url}: expected http://host:port, or several with commas")
+    return fill_own_defaults(args)
+
+
+def fill_own_defaults(args):
+    """Defaults that follow from the data set, the prompts and the rewards."""
+    given = dict(vars(args))
+    fill_defaults(args, DEFAULTS)
+    if given["lr"] is None and not args.lora_rank:
+        args.lr /= 10
+    if given["max_new_tokens"] is None and args.prompts == "sam" and not data.is_demo(args.option):
+        args.max_new_tokens = 1024  # an instance is some 40 tokens to Qwen's tokenizer
+    args.model_path = args.model_path or str(Path(args.log_dir) / "sft")
+    if args.point_ratio is None:  # do not ask for what only the format reward would judge
+        args.point_ratio = {"box": 0.0, "point": 1.0}.get("".join(args.reward), 0.2)
+    return args
 
 
 # ------------------------------------------------------------------------- rewards
-# Each takes a completion's text and gives a number from 0 to 1; SAM takes a whole group. `answer`
-# is what SFT would have taught for the same prompt: it holds the truth, in the model's own frame.
+# A completion's text is read once, into a data.Answer. `truth` is the Answer that SFT would have
+# taught for the same prompt. Each reward is a number from 0 to 1.
 
-_BODY = "(?:(?!</?think>|</?answer>).)+"
-_THINK = re.compile(rf"\s*<think>{_BODY}</think>\s*<answer>{_BODY}</answer>\s*", re.DOTALL)
-_NO_THINK = re.compile(rf"\s*<answer>{_BODY}</answer>\s*", re.DOTALL)
-
-
-def box_reward(text, answer):
-    """IoU of the boxes with the true ones under the best matching, divided by the larger count."""
-    return data.matched_iou(data.parse_boxes(text) or [], data.parse_boxes(answer))
+BODY = "(?:(?!</?think>|</?answer>).)+"
+NO_THINK_FORMAT = re.compile(rf"\s*<answer>{BODY}</answer>\s*", re.DOTALL)
+THINK_FORMAT = re.compile(rf"\s*<think>{BODY}</think>{NO_THINK_FORMAT.pattern}", re.DOTALL)
 
 
-def point_reward(text, answer):
-    """Share of labels that are right; 0 unless there are as many as points."""
-    labels, truth = data.parse_labels(text), data.parse_labels(answer)
-    if labels is None or len(labels) != len(truth):
-        return 0.0
-    return sum(a == b for a, b in zip(labels, truth)) / len(truth)
+def says_nothing(answer):
+    """1 for an answer that says that there is nothing to find."""
+    return float(answer.is_readable and not len(answer.boxes))
 
 
-def format_reward(text, answer):
+def box_reward(answer, truth):
+    """IoU of the boxes with the true ones under the best matching, divided by the larger count.
+    Where there is nothing to find, 1 for an empty list."""
+    return data.matched_iou(answer.boxes, truth.boxes) if len(truth.boxes) else says_nothing(answer)
+
+
+def point_reward(answer, truth, prompt):
+    """Share of labels that are right; 0 unless there are as many as points.
+
+    With --prompts sam, the share of points on the target, out of those given or of two for each
+    instance, whichever are more. Where there is nothing to find, 1 for an empty list.
+    """
+    if prompt.task == "point":
+        if answer.labels is None or len(answer.labels) != len(truth.labels):
+            return 0.0
+        return sum(a == b for a, b in zip(answer.labels, truth.labels)) / len(truth.labels)
+    if not len(truth.boxes):
+        return says_nothing(answer)
+    points = np.concatenate([np.zeros((0, 2)), *answer.points])
+    points = data.rescale(points, prompt.frame, prompt.image.size)
+    wanted = max(len(points), 2 * len(truth.boxes))
+    return float(sampler.label_points(points, prompt.mask).sum() / wanted)
+
+
+def format_reward(text, prompt):
     """1 for <think>…</think><answer>…</answer>, or for <answer>…</answer> where no reasoning was
     asked for, with nothing else around."""
-    wanted = _THINK if answer.startswith("<think>") else _NO_THINK
+    wanted = THINK_FORMAT if prompt.answer.startswith("<think>") else NO_THINK_FORMAT
     return float(wanted.fullmatch(text) is not None)
 
 
-def json_reward(text):
-    """1 for an answer to --prompts sam that can be read as it stands, without repair."""
-    return float(data.parse_instances(text) is not None)
-
-
-def instance_reward(text, question):
-    """box_reward for --prompts sam, which counts what is said twice once. Where there is nothing to
-    find, 1 for an empty list."""
-    found, truth = data.find_instances(text)[0], data.parse_instances(question.answer)
-    if not question.mask.any():
-        return float(found == [])
-    once = lambda instances: [box for box, _ in data.merge_duplicates(instances)]
-    return data.matched_iou(once(found or []), once(truth))
-
-
-def on_target_reward(text, question):
-    """point_reward for --prompts sam: share of points that lie on the target, out of those given or
-    of two for each instance, whichever are more: what is left out costs, what is said twice is
-    nothing more. Where there is nothing to find, 1 for an empty list."""
-    found, truth = data.find_instances(text)[0], data.parse_instances(question.answer)
-    if not question.mask.any():
-        return float(found == [])
-    points = [point for _, some in data.merge_duplicates(found or []) for point in some]
-    points = np.reshape(data.rescale(points, question.frame, question.image.size), (-1, 2))
-    wanted = max(len(points), 2 * len(data.merge_duplicates(truth)))
-    return float(sampler.label_points(points, question.mask).sum() / wanted)
-
-
-def sam_prompts(text, question):
-    """What an answer asks of SAM, [(box, points, labels)] in pixels: nothing where nothing can be
-    read."""
-    size = question.image.size
-    if question.task == "point":  # the box is given, and the answer says what its points are
-        labels = data.parse_labels(text)
-        if labels is None or len(labels) != len(question.points_px):
+def sam_prompts(answer, prompt):
+    """What SAM gets of an answer, [(box, points, labels)] in pixels."""
+    if prompt.task == "point":  # the box is given, and the answer labels the points
+        if answer.labels is None or len(answer.labels) != len(prompt.points_px):
             return []
-        return [(question.box_px, question.points_px, np.array(labels))]
-    if question.task == "box":
-        boxes, inside = data.boxes_px(data.parse_boxes(text) or [], question.frame, size)
-        return [(box, np.zeros((0, 2)), np.zeros(0)) for box in boxes[inside]]
-    found, _ = data.instances_px(text, question.frame, size)
-    return [(box, points, np.ones(len(points))) for box, points in found or []]
+        return [(prompt.box_px, prompt.points_px, np.array(answer.labels))]
+    answer = answer.to_pixels(prompt.frame, prompt.image.size)
+    return [(box, points, np.ones(len(points))) for box, points in zip(answer.boxes, answer.points)]
 
 
-def mask_reward(texts, question, segmenter):
-    """IoU of the truth with what SAM makes of each answer. The image is embedded once, and all
-    instances of all answers with as many points are decoded together. Where there is nothing to
-    find, 1 for an empty list. What SAM cannot do is an error, not a 0. Source: Think2Seg-RS."""
-    if not question.mask.any():
-        # NOTE: not the IoU: SAM may make an empty mask of a box, and boxes would pay
-        return [float(data.find_instances(text)[0] == []) for text in texts]
-    segmenter.set_image(question.image)
-    masks = segmenter.segment_unions([sam_prompts(text, question) for text in texts])
-    return [data.mask_iou(mask, question.mask)[2] for mask, _ in masks]
+def mask_reward(answers, prompt, segmenter):
+    """IoU of the truth with SAM's mask of each answer. The image is embedded once, and answers with
+    equally many points are decoded together. Where there is nothing to find, 1 for an empty list.
+    Source: Think2Seg-RS."""
+    if not prompt.mask.any():  # NOTE: not the IoU: SAM may make an empty mask of a wrong box
+        return [says_nothing(answer) for answer in answers]
+    segmenter.set_image(prompt.image)
+    masks = segmenter.segment_all([sam_prompts(answer, prompt) for answer in answers])
+    return [data.mask_iou(mask, prompt.mask)[2] for mask, _ in masks]
 
 
-REWARDS = ("box", "point", "mask", "json", "format")
-
-
-def reward_group(texts, question, args, segmenter):
-    """{name: rewards (G,)} of the completions of one question, as --reward and its task have it."""
-    if question.task == "sam":
-        judges, truth = {"box": instance_reward, "point": on_target_reward}, question
-    else:
-        judge = box_reward if question.task == "box" else point_reward
-        judges, truth = {question.task: judge}, question.answer
-    asked = [name for name in judges if name in args.reward]
-    each = {name: [judges[name](text, truth) for text in texts] for name in asked}
+def reward_group(texts, prompt, args, segmenter):
+    """{name: rewards (G,)} of the completions of one prompt, as --reward and its task say."""
+    answers = [data.read_answer(text, prompt.task) for text in texts]
+    truth, rewards = data.read_answer(prompt.answer, prompt.task), {}
+    if "box" in args.reward and prompt.task != "point":
+        rewards["box"] = [box_reward(answer, truth) for answer in answers]
+    if "point" in args.reward and prompt.task != "box":
+        rewards["point"] = [point_reward(answer, truth, prompt) for answer in answers]
     if "mask" in args.reward:
-        each["mask"] = mask_reward(texts, question, segmenter)
-    if question.task == "sam":
-        each["json"] = [json_reward(text) for text in texts]
-    each["format"] = [format_reward(text, question.answer) for text in texts]
-    return {name: torch.tensor(rewards) for name, rewards in each.items()}
+        rewards["mask"] = mask_reward(answers, prompt, segmenter)
+    if prompt.task == "sam":  # valid JSON: readable without repair
+        rewards["json"] = [float(a.is_readable and not a.is_repaired) for a in answers]
+    rewards["format"] = [format_reward(text, prompt) for text in texts]
+    return {name: torch.tensor(values) for name, values in rewards.items()}
 
 
 # ------------------------------------------------------------------------- advantages and loss
@@ -292,10 +231,10 @@ def advantages(rewards, scale=True):
 
 
 def token_weights(mask, loss, completions, tokens, longest):
-    """What each token (R, C) of the batch weighs in the loss; see the head of this file.
+    """The weight of each token (R, C) of a batch in the loss; see the head of this file.
 
     completions, tokens: how many count in the whole update, over all micro-batches and processes.
-    Those of dropped groups do not: a group that says nothing does not thin out the others.
+    Dropped groups do not count, so they do not thin out the others.
     """
     mask = mask.float()
     if loss == "grpo":
@@ -304,14 +243,14 @@ def token_weights(mask, loss, completions, tokens, longest):
 
 
 def policy_loss(logp, old_logp, ref_logp, adv, weight, args):
-    """The loss of a batch and what is logged of it: policy loss, KL and clipped, each (R, C).
+    """The loss of a batch, and for the log its parts, each (R, C): policy loss, KL, clipped.
 
     logp, old_logp, ref_logp, weight: (R, C); adv: (R, 1). Only logp carries a gradient.
     """
     ratio = torch.exp(logp - old_logp)
     clipped = ratio.clamp(1 - args.eps_low, 1 + args.eps_high) * adv
-    # NOTE: min(ratio * adv, clipped) and not `clipped` alone: for adv < 0 a ratio that has grown
-    # must be pushed back however far it is, and clipping alone would let go of it
+    # NOTE: min(ratio * adv, clipped), not `clipped` alone: for adv < 0, a ratio that has grown must
+    # be pushed back however far it is, and the gradient of `clipped` would be 0
     gain = torch.minimum(ratio * adv, clipped)
     d = ref_logp - logp
     kl = torch.exp(d) - d - 1  # k3: never negative, and on average log p / p_ref
@@ -321,72 +260,135 @@ def policy_loss(logp, old_logp, ref_logp, adv, weight, args):
 
 # ------------------------------------------------------------------------- one update
 
-CLOCKS = ("rollout", "reference", "scoring", "update")  # seconds
-# what a process sums up during an update; the log holds means of these over all processes
-SUMS = (
-    *("completions", "reward", "length", "truncated", "gap", "groups", "std", "dropped"),
-    *REWARDS,
-    *(f"{name}_completions" for name in REWARDS),
-    *("repaired", "prompt_tokens"),
-    *("trained", "trained_tokens", "policy_loss", "kl", "clipped", "loss_tokens"),
-    *CLOCKS,
-    "stopping",
-)
+CLOCKS = ("seconds_rollout", "seconds_reference", "seconds_scoring", "seconds_update")
+MEANS = ("reward", *(f"reward_{name}" for name in REWARDS), "reward_std", "dropped", "policy_loss")
+MEANS += ("kl", "clipped", "length", "truncated", "repaired", "rollout_gap")
 
 
-def roll_out(model, processor, segmenter, questions, args, sums):
-    """Steps 2 to 4 for B questions of one task: (prompt, completions, mask, adv), less the groups
-    that say nothing; None if none is left."""
-    images, prompts = [q.image for q in questions], [q.prompt for q in questions]
-    prompt = data.collate(processor, images, prompts)
-    ids, mask, behaviour = sampler.sample_group(
-        model, processor, prompt, args.group, args.max_new_tokens, args.temperature
-    )  # (B*G, C) each
+class Averages:
+    """Totals and counts of what is logged of an update, for means over all processes."""
+
+    def __init__(self):
+        self.totals = dict.fromkeys((*MEANS, *CLOCKS, "prompt_tokens"), 0.0)
+        self.counts = dict(self.totals)
+
+    def add(self, name, total, count=0):
+        self.totals[name] += float(total)
+        self.counts[name] += float(count)
+
+    @contextmanager
+    def clock(self, name):
+        """Add the seconds that the block takes."""
+        start = time.time()
+        yield
+        self.totals[name] += time.time() - start
+
+    def sum_over_processes(self, run):
+        sums = run.sum([*self.totals.values(), *self.counts.values()])
+        self.totals = dict(zip(self.totals, sums))
+        self.counts = dict(zip(self.counts, sums[len(self.totals) :]))
+
+    def mean(self, name):
+        return self.totals[name] / self.counts[name] if self.counts[name] else None
+
+
+@dataclass
+class Rollout:
+    """B prompts of one task, and G completions of each: R = B*G rows."""
+
+    prompt: dict  # inputs of the prompts, see data.collate
+    completions: torch.Tensor  # (R, C)
+    mask: torch.Tensor  # bool (R, C), the tokens that count
+    rollout_logp: torch.Tensor  # (R, C), when they were sampled
+    texts: list  # R
+    truncated: torch.Tensor  # bool (R,), cut off at max_new_tokens
+    adv: torch.Tensor = None  # (R, 1)
+    reference_job: object = None  # of the thread that waits for the reference
+    old_logp: torch.Tensor = None  # (R, C), before the first update on this rollout
+    ref_logp: torch.Tensor = None  # (R, C)
+
+
+def sample(model, processor, prompts, args, averages):
+    """Step 2: a Rollout of B prompts."""
+    inputs = data.collate(processor, [p.image for p in prompts], [p.text for p in prompts])
+    ids, mask, logp = sampler.sample_group(
+        model, processor, inputs, args.group, args.max_new_tokens, args.temperature
+    )
     tokenizer = processor.tokenizer
     rows = [row[kept].tolist() for row, kept in zip(ids, mask)]
-    cut = torch.tensor([row[-1] != tokenizer.eos_token_id for row in rows])  # (B*G,)
-    texts = [tokenizer.decode(row if c else row[:-1]) for row, c in zip(rows, cut)]
-    rewards = torch.zeros(len(questions), args.group)
-    for b, question in enumerate(questions):
-        group = texts[b * args.group : (b + 1) * args.group]
-        for name, each in reward_group(group, question, args, segmenter).items():
-            rewards[b] += getattr(args, f"{name}_weight") * each
-            sums[name] += each.sum().item()
-            sums[f"{name}_completions"] += len(each)
-        if question.task == "sam":
-            sums["repaired"] += sum(data.find_instances(text)[1] for text in group)
-    adv = advantages(rewards, scale=args.loss != "dr_grpo")  # (B, G)
-    telling = rewards.amax(1) - rewards.amin(1) > 1e-6  # (B,)
+    truncated = torch.tensor([row[-1] != tokenizer.eos_token_id for row in rows])
+    texts = [tokenizer.decode(row if cut else row[:-1]) for row, cut in zip(rows, truncated)]
+    averages.add("length", mask.sum(), len(rows))
+    averages.add("truncated", truncated.sum(), len(rows))
+    averages.add("prompt_tokens", inputs["attention_mask"].sum())
+    return Rollout(inputs, ids, mask, logp, texts, truncated)
 
-    sums["completions"] += len(rows)
-    sums["reward"] += rewards.sum().item()
-    sums["groups"] += len(rewards)
-    sums["std"] += rewards.std(1, correction=0).sum().item()
-    sums["dropped"] += (~telling).sum().item()
-    sums["length"] += mask.sum().item()
-    sums["truncated"] += cut.sum().item()
-    sums["prompt_tokens"] += prompt["attention_mask"].sum().item()
-    if not telling.any():
+
+def reward_all(rollout, prompts, args, segmenter, averages):
+    """Step 3: the weighted sum of the rewards of each completion, (B, G)."""
+    rewards = torch.zeros(len(prompts), args.group)
+    for b, prompt in enumerate(prompts):
+        texts = rollout.texts[b * args.group : (b + 1) * args.group]
+        for name, values in reward_group(texts, prompt, args, segmenter).items():
+            rewards[b] += getattr(args, f"{name}_weight") * values
+            averages.add(f"reward_{name}", values.sum(), len(values))
+        if prompt.task == "sam":
+            repaired = sum(data.read_answer(text, "sam").is_repaired for text in texts)
+            averages.add("repaired", repaired, len(texts))
+    averages.add("reward", rewards.sum(), rewards.numel())
+    averages.add("reward_std", rewards.std(1, correction=0).sum(), len(rewards))
+    return rewards
+
+
+def drop_groups(rollout, rewards, adv, args, averages):
+    """Leave out groups whose rewards are all alike: a Rollout with advantages, or None."""
+    has_signal = rewards.amax(1) - rewards.amin(1) > 1e-6  # (B,)
+    averages.add("dropped", (~has_signal).sum(), len(has_signal))
+    if not has_signal.any():
         return None
+    mask = rollout.mask
     if args.mask_truncated:
-        mask = mask & ~cut.to(mask.device)[:, None]
-    kept = telling.repeat_interleave(args.group)
-    sums["trained"] += mask[kept].any(1).sum().item()
-    sums["trained_tokens"] += mask[kept].sum().item()
-    prompt = sampler.take_prompts(prompt, telling.nonzero()[:, 0].tolist())
-    adv = adv[telling].view(-1, 1).to(mask.device)
-    return prompt, ids[kept], mask[kept], adv, behaviour[kept]
+        mask = mask & ~rollout.truncated.to(mask.device)[:, None]
+    kept = has_signal.repeat_interleave(args.group)  # (R,)
+    return replace(
+        rollout,
+        prompt=sampler.select_prompts(rollout.prompt, has_signal.nonzero()[:, 0].tolist()),
+        completions=rollout.completions[kept],
+        mask=mask[kept],
+        rollout_logp=rollout.rollout_logp[kept],
+        adv=adv[has_signal].view(-1, 1).to(mask.device),
+    )
 
 
-def reference_urls(args, child, rank, local_rank, world):
-    """Where this process asks: --ref_url, or the server that its machine's first process started,
-    whose port the others learn here; nowhere if there is no penalty."""
-    if args.ref_url or not args.beta:
-        return args.ref_url.split(",") if args.beta else []
-    ports = [0.0] * world
-    ports[rank] = ref_server.child_port(child) if child else 0
-    ports = sft.sum_over_processes(ports, args.device)
-    return [f"http://127.0.0.1:{ports[rank - local_rank]:.0f}"]
+def start_reference(args, run):
+    """(reference server of this machine or None, threads for scoring). A policy and a reference
+    that share a CPU get half of its cores each."""
+    threads, device = torch.get_num_threads(), args.ref_device or run.device
+    if not args.beta or args.ref_url:
+        return None, threads
+    if device == run.device == "cpu":
+        threads = max(1, threads // 2)
+    if run.local_rank > 0:
+        return None, threads
+    dtype = str(run.dtype).removeprefix("torch.")
+    return ref_server.start_child(args.model_path, device, dtype, threads), threads
+
+
+def connect_reference(args, run, child, model, processor):
+    """The client of --ref_url, or of the server that this machine's first process started; None
+    without a penalty."""
+    if not args.beta:
+        return None
+    urls = (args.ref_url or "").split(",")
+    if not args.ref_url:
+        ports = [ref_server.child_port(child) if child else None]
+        if run.world > 1:
+            own, ports = ports[0], [None] * run.world
+            dist.all_gather_object(ports, own)
+        urls = [f"http://127.0.0.1:{ports[run.rank - run.local_rank]}"]
+    identity = ref_server.model_identity(model, processor, args.model_path)
+    run.print0(f"reference: {', '.join(urls)}")
+    return ref_server.Reference(urls, identity, run.rank, args.ref_patience, child)
 
 
 def build_optimizer(trained, args, world):
@@ -399,201 +401,132 @@ def build_optimizer(trained, args, world):
     return ZeroRedundancyOptimizer(trained, torch.optim.AdamW, **options)
 
 
-def open_board(folder, done):
-    """A TensorBoard writer that goes on after update `done`; None without `pip install
-    tensorboard`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder / "tensorboard", purge_step=done + 1)
-
-
-def log_line(step, order, sums, world, norm, lr, skipped, seconds, has_reference):
-    """One line of train.jsonl. The README explains each key; None where there was nothing."""
-    share = lambda part, whole: sums[part] / sums[whole] if sums[whole] else None
-    return {
-        "step": step,
-        "epoch": order.epoch,
-        "reward": share("reward", "completions"),
-        **{f"reward_{name}": share(name, f"{name}_completions") for name in REWARDS},
-        "reward_std": share("std", "groups"),
-        "dropped": share("dropped", "groups"),
-        "policy_loss": sums["policy_loss"],
-        "kl": share("kl", "loss_tokens") if has_reference else None,
-        "clipped": share("clipped", "loss_tokens"),
-        "length": share("length", "completions"),
-        "truncated": share("truncated", "completions"),
-        "repaired": share("repaired", "json_completions"),
-        "rollout_gap": share("gap", "trained_tokens"),
-        "grad_norm": norm,
-        "lr": lr,
-        "skipped": skipped,
-        "tokens_per_s": (sums["prompt_tokens"] + sums["length"]) / seconds,
-        **{f"seconds_{name}": sums[name] / world for name in CLOCKS},
-        "seconds": seconds,
-    }
+def log_line(step, epoch, averages, norm, lr, run, seconds, has_reference):
+    """One line of train.jsonl; see the head of this file."""
+    totals = averages.totals
+    line = {"step": step, "epoch": epoch, **{name: averages.mean(name) for name in MEANS}}
+    line["policy_loss"] = totals["policy_loss"]  # the weights of all tokens make it a mean
+    line["kl"] = line["kl"] if has_reference else None
+    line |= {"grad_norm": norm, "lr": lr, "skipped": run.skipped}
+    line["tokens_per_s"] = (totals["prompt_tokens"] + totals["length"]) / seconds
+    line |= {name: totals[name] / run.world for name in CLOCKS}
+    return {**line, "seconds": seconds}
 
 
 # ------------------------------------------------------------------------- main
 
 
 def main(args):
-    # 1. Processes, folder, data.
-    start, files = Path(args.model_path), ("config.json", "adapter", sampler.ADAPTER_CONFIG)
-    if start == Path(args.log_dir) / "sft" or start.is_dir():  # else a hub name
-        if not any((start / name).exists() for name in files):
-            raise InputError(f"no model in {start}: run python sft.py first, or set --model_path")
-    rank, world, local_rank, folder = sft.start_run(args)
-    on_gpu = args.device.startswith("cuda")
-    say = print if rank == 0 else lambda *_: None
-    trainable, val = data.load_for_training(args, rank)
+    # Processes, data, model, reference; with --resume, the last checkpoint.
+    start = Path(args.model_path)
+    files = ("config.json", "adapter", sampler.ADAPTER_CONFIG)
+    if start == Path(args.log_dir) / "sft" and not any((start / name).exists() for name in files):
+        raise InputError(f"no model in {start}: run python sft.py first, or set --model_path")
+    run = Run(args)
+    train, val = data.load_for_training(args)
+    child, scoring_threads = start_reference(args, run)  # it loads while the policy does
+    threads = torch.get_num_threads()
+    model, processor = sampler.load_policy(args.model_path, run.device, run.dtype)
+    run.print0(f"model: {args.model_path}, {len(train)} refs of {args.option}/{args.split}")
+    if run.rank == 0:
+        data.warn_about_prompts(args.model_path, args.prompts)
+    segmenter = sampler.Segmenter(args.sam_ckpt, run.device) if "mask" in args.reward else None
+    reference = connect_reference(args, run, child, model, processor)
+    saved = run.resume(model, processor, train + val)
+    before = saved["before"] if saved else run.validate(model, processor, val)
 
-    # 2. The reference starts while the policy loads. One on every machine, for its own ranks.
-    # full fine-tuning keeps float32 weights, as updates of 1e-6 vanish in bfloat16
-    dtype = "bfloat16" if on_gpu and args.lora_rank else "float32"
-    child, threads = None, torch.get_num_threads()
-    ref_device = args.ref_device or args.device
-    # two that share a CPU get half of its cores each: with all, they would wait for one another
-    half = max(1, threads // 2) if ref_device == args.device == "cpu" else threads
-    if args.beta and not args.ref_url and local_rank == 0:
-        child = ref_server.start_child(args.model_path, ref_device, dtype, half)
-    model, processor = sampler.load_policy(args.model_path, args.device, getattr(torch, dtype))
-    say(f"model: {args.model_path}, {len(trainable)} refs of {args.option}/{args.split}")
-    if rank == 0:
-        note_prompts(args.model_path, args.prompts)
-    segmenter = sampler.Segmenter(args.sam_ckpt, args.device) if "mask" in args.reward else None
-    urls = reference_urls(args, child, rank, local_rank, world)
-    expected = ref_server.describe(model, processor, args.model_path)
-    reference = ref_server.Reference(urls, expected, rank, args.ref_patience, child)
-    for url, name in zip(urls, reference.models):
-        say(f"reference: {name} at {url}")
-    settings = sft.settings_of(args, model, processor, trainable + val)
-    saved = sft.load_checkpoint(folder, settings, rank, world, args.device) if args.resume else None
-    before = saved["before"] if saved else validate_both(model, processor, val, args)
-
-    # 3. What is trained.
-    torch.manual_seed(args.seed + rank)
-    # NOTE: no dropout: it would move the ratio off 1 by chance
+    # What is trained. NOTE: no dropout, which would move the ratio off 1 by chance.
+    torch.manual_seed(args.seed + run.rank)
     trained = sampler.make_trainable(model, args, dropout=0.0)
-    optimizer = build_optimizer(trained, args, world)
-    steps = args.max_step or math.ceil(
-        args.epochs * len(trainable) / (args.batch_size * world * args.accumulate)
-    )
+    optimizer = build_optimizer(trained, args, run.world)
+    per_update = args.batch_size * run.world * args.accumulate
+    steps = args.max_step or math.ceil(args.epochs * len(train) / per_update)
     rise = max(1, round(args.warmup * steps))
-    say(f"{sum(p.numel() for p in trained):,} trained parameters, {steps} rollouts")
+    run.print0(f"{sum(p.numel() for p in trained):,} trained parameters, {steps} rollouts")
 
-    # 4. Where the walk through the data, and all else, stands.
-    done = saved["step"] if saved else 0
-    skipped, in_a_row = saved["skipped"] if saved else (0, 0)
+    # Prompts, in an order that follows from the seed and the number of updates done.
     frame_of = lambda width, height: sampler.answer_frame(model, processor, width, height)
-    questions = data.Questions(trainable, frame_of, args)
-    shares = data.share_draws(args.option, trainable)
-    order = data.Order(len(trainable), args, rank, world, shares)
-    order.set_epoch(*divmod(done * args.accumulate, len(order.batches)))
-    log = sft.open_log(folder, args, done) if rank == 0 else None
-    board = open_board(folder, done) if rank == 0 else None
+    dataset = data.PromptDataset(train, frame_of, args)
+    order = data.PromptSampler(data.mixture_counts(args.option, train), args, run.rank, run.world)
+    order.skip(run.done * args.accumulate)
     if saved:
-        sft.restore(saved, model, optimizer, args.device)
-        say(f"going on after update {done}")
+        run.restore(saved, model, optimizer)
         del saved
 
-    # 5. The loop.
-    asking, stop = ThreadPoolExecutor(1), sft.Stop()
-    bar = tqdm(range(done + 1, steps + 1), "GRPO", initial=done, total=steps, disable=rank > 0)
+    executor, todo = ThreadPoolExecutor(1), range(run.done + 1, steps + 1)
+    bar = tqdm(todo, "GRPO", initial=run.done, total=steps, disable=run.rank > 0)
     for step in bar:
-        start = time.time()
-        sums, norm = dict.fromkeys(SUMS, 0.0), 0.0
+        averages, start, norm = Averages(), time.time(), 0.0
         lr = args.lr * min(step / rise, 1 - (step - rise) / (steps - rise + 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # 5a. Ask, sample, reward. The reference scores a batch while the next is sampled.
-        batches = []
+        rollouts = []
         for _ in range(args.accumulate):
-            keys = next(order)
-            asked = [questions[key] for key in keys]
-            batch = roll_out(model, processor, segmenter, asked, args, sums)
-            if batch is not None:
-                prompt, ids, mask, *_ = batch
-                job = (prompt, ids, mask, args.temperature)
-                batches.append((batch, asking.submit(reference.logps, *job) if urls else None))
-        sums["rollout"] += time.time() - start
-        totals = sft.sum_over_processes([sums["trained"], sums["trained_tokens"]], args.device)
+            with averages.clock("seconds_rollout"):
+                # 1. Prompt
+                prompts = [dataset[key] for key in next(order)]  # B, of one task
+                # 2. Sample
+                rollout = sample(model, processor, prompts, args, averages)
+                # 3. Reward
+                rewards = reward_all(rollout, prompts, args, segmenter, averages)  # (B, G)
+                # 4. Advantage
+                adv = advantages(rewards, scale=args.loss != "dr_grpo")  # (B, G)
+                rollout = drop_groups(rollout, rewards, adv, args, averages)
+            if rollout:
+                # 5. Reference: it scores this rollout while the next is sampled
+                tensors = (rollout.prompt, rollout.completions, rollout.mask, args.temperature)
+                if reference:
+                    rollout.reference_job = executor.submit(reference.logps, *tensors)
+                rollouts.append(rollout)
 
-        # 5b. Score, compare, update. All processes agree on `totals`, and so on going on.
-        old = {}
-        for inner in range(args.mu if totals[0] else 0):
-            finite = True
-            for i, ((prompt, ids, mask, adv, behaviour), job) in enumerate(batches):
-                clock = time.time()
-                torch.set_num_threads(half if child and inner == 0 else threads)
-                logp = sampler.completion_logps(model, prompt, ids, mask, args.temperature)
-                torch.set_num_threads(threads)
-                sums["scoring"] += time.time() - clock
+        # all processes agree on these numbers, and so on whether there is an update
+        completions = sum(r.mask.any(1).sum().item() for r in rollouts)
+        tokens = sum(r.mask.sum().item() for r in rollouts)
+        counts = (*run.sum([completions, tokens]), args.max_new_tokens)
+        for inner in range(args.mu if counts[0] else 0):
+            losses = 0.0
+            for r in rollouts:
+                with averages.clock("seconds_scoring"):
+                    torch.set_num_threads(scoring_threads if inner == 0 else threads)
+                    tensors = (r.prompt, r.completions, r.mask, args.temperature)
+                    logp = sampler.completion_logps(model, *tensors)  # (R, C)
+                    torch.set_num_threads(threads)
+                with averages.clock("seconds_reference"):
+                    if inner == 0:  # the weights have not changed since sampling
+                        r.old_logp = r.ref_logp = logp.detach()
+                    if inner == 0 and reference:
+                        r.ref_logp = r.reference_job.result().to(logp.device)
+                with averages.clock("seconds_update"):
+                    # 6. Loss
+                    weight = token_weights(r.mask, args.loss, *counts)  # (R, C)
+                    old = r.old_logp, r.ref_logp
+                    loss, gain, kl, clipped = policy_loss(logp, *old, r.adv, weight, args)
+                    loss.backward()
+                    losses += loss.item()
+                averages.add("policy_loss", (weight * gain).sum().item() / args.mu)
+                averages.add("kl", (r.mask * kl).sum(), r.mask.sum())
+                averages.add("clipped", (r.mask * clipped).sum(), r.mask.sum())
                 if inner == 0:
-                    clock = time.time()
-                    ref_logp = job.result().to(logp.device) if job else logp.detach()
-                    sums["reference"] += time.time() - clock
-                    # the weights have not changed since sampling: old and new are one number
-                    old[i] = logp.detach(), ref_logp
-                    sums["gap"] += ((logp.detach() - behaviour).abs() * mask).sum().item()
-                clock = time.time()
-                weight = token_weights(mask, args.loss, *totals, args.max_new_tokens)
-                loss, *parts = policy_loss(logp, *old[i], adv, weight, args)
-                loss.backward()
-                finite = finite and math.isfinite(loss.item())
-                sums["policy_loss"] += (weight * parts[0]).sum().item() / args.mu
-                sums["kl"] += (mask * parts[1]).sum().item()
-                sums["clipped"] += (mask * parts[2]).sum().item()
-                sums["loss_tokens"] += mask.sum().item()
-                sums["update"] += time.time() - clock
-            clock = time.time()
-            sft.sum_gradients(trained)
-            norm = torch.nn.utils.clip_grad_norm_(trained, args.clip).item()
-            # NOTE: one nan in the weights and all is nan from then on
-            if math.isfinite(norm) and not any(sft.sum_over_processes([not finite], args.device)):
-                optimizer.step()
-                in_a_row = 0
-            else:
-                skipped, in_a_row = skipped + 1, in_a_row + 1
-            optimizer.zero_grad()
-            sums["update"] += time.time() - clock
+                    gap = (logp.detach() - r.rollout_logp).abs() * r.mask
+                    averages.add("rollout_gap", gap.sum(), r.mask.sum())
+            with averages.clock("seconds_update"):
+                # 7. Update
+                norm = run.update(optimizer, trained, *run.sum([losses]))
 
-        # 5c. Log and save.
-        sums["stopping"] = stop.signal
-        sums = dict(zip(SUMS, sft.sum_over_processes(list(sums.values()), args.device)))
-        if rank == 0:
-            seconds = time.time() - start
-            line = log_line(step, order, sums, world, norm, lr, skipped, seconds, bool(urls))
-            sft.write_line(log, line)
-            for key, value in line.items():
-                if board and value is not None:
-                    board.add_scalar(key, value, step)
-            bar.set_postfix(reward=f"{line['reward']:.3f}", kl=f"{line['kl'] or 0:.1e}")
-        sft.check_skips(in_a_row, args.max_skips)
-        if step % args.save_step == 0 or step == steps or sums["stopping"]:
-            if board:
-                board.flush()
-            rest = {"settings": settings, "before": before, "skipped": (skipped, in_a_row)}
-            sft.save_run(folder, step, args, model, processor, optimizer, rest)
-        if sums["stopping"]:
-            bar.close()
-            sft.leave(stop, step, steps, say)
-    if any(sft.sum_over_processes([stop.signal], args.device)):  # it came while the last was saved
-        sft.leave(stop, steps, steps, say)
-    stop.forget()
+        # Log and save.
+        (stopping,) = run.sum([run.signal])
+        averages.sum_over_processes(run)
+        seconds = time.time() - start
+        line = log_line(step, order.epoch, averages, norm, lr, run, seconds, bool(reference))
+        bar.set_postfix(reward=f"{line['reward']:.3f}", kl=f"{line['kl'] or 0:.1e}")
+        run.log(line)
+        if step % args.save_step == 0 or step == steps or stopping:
+            run.save(step, model, processor, optimizer, before)
+        if step == steps or stopping:
+            run.exit_if_stopped(step, steps)
 
-    # 6. What it brought.
-    after = validate_both(model, processor, val, args)
-    if rank == 0:
-        print_gain(before, after)
-    say(f"written: {folder}. Next: {next_command(folder, args, '--use_think')}")
-    if board:
-        board.close()
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    run.finish(model, processor, val, before, flags=" --use_think")
     if child:
         ref_server.stop_child(child)
 
