@@ -1,6 +1,7 @@
-"""The README's figures: the curve of a GRPO run, and two evaluations compared phrase by phrase.
+"""The README's figures: curves of a run, grids of points, and two evaluations phrase by phrase.
 
     python assets/make_figures.py curve runs/grpo/train.jsonl --out curve.png
+    python assets/make_figures.py grid --out grid.png
     python assets/make_figures.py compare runs/eval_sft runs/eval_grpo --out before_after.png
     python assets/make_figures.py compare runs/eval_a runs/eval_b --names "reward a" "reward b"
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import sampler  # noqa: E402
 from sampler import InputError  # noqa: E402
 
 COLOURS = ["#2a6fdb", "#d1495b", "#2e933c", "#8d5a97"]
@@ -32,11 +34,13 @@ def get_args(argv=None):
     kinds = parser.add_subparsers(dest="kind", required=True)
     curve = kinds.add_parser("curve", help="rewards over the updates of one or more runs")
     curve.add_argument("runs", nargs="+", help="train.jsonl of each run")
+    grid = kinds.add_parser("grid", help="the grid of points in boxes of three sizes")
     compare = kinds.add_parser("compare", help="two evaluations of the same split")
     compare.add_argument("runs", nargs=2, help="folders that eval.py wrote: before, after")
     compare.add_argument("--data_root", default="demo_data", help="folder that holds the data set")
     compare.add_argument("--names", nargs=2, default=["before", "after"], help="in the picture")
     curve.add_argument("--out", default="curve.png", help="the picture")
+    grid.add_argument("--out", default="grid.png", help="the picture")
     compare.add_argument("--out", help="a picture of what changed most; without it there is none")
     return parser.parse_args(argv)
 
@@ -45,35 +49,48 @@ def get_args(argv=None):
 
 
 def smooth(values, width):
-    """Mean of each value with up to `width` before it; None is left out."""
-    windows = [values[max(0, i - width) : i + 1] for i in range(len(values))]
-    kept = [[value for value in window if value is not None] for window in windows]
-    return [float(np.mean(window)) if window else None for window in kept]
+    """Mean of each value with up to `width` before it."""
+    return [float(np.mean(values[max(0, i - width) : i + 1])) for i in range(len(values))]
+
+
+def ticks(low, high):
+    """Three to eight round numbers between the ends of an axis."""
+    step = 10 ** math.floor(math.log10((high - low) / 3))
+    step *= next(factor for factor in (5, 2, 1) if factor * step <= (high - low) / 3)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def panel(draw, corner, size, title, curves):
-    """One chart: each run's values, smoothed, over its updates."""
-    (left, top), (width, height) = corner, size
-    font = ImageFont.load_default(15)
-    curves = [smooth(curve, max(1, len(curve) // 12)) for curve in curves]
-    known = [value for curve in curves for value in curve if value is not None]
-    low, high = min(known, default=0), max(known, default=0) + 1e-9
-    draw.rectangle([left, top, left + width, top + height], outline="#999999")
-    draw.text((left, top - 22), title, fill="black", font=font)
-    draw.text((left - 48, top - 4), f"{high:.3f}", fill="black", font=font)
-    draw.text((left - 48, top + height - 14), f"{low:.3f}", fill="black", font=font)
-    longest = max(map(len, curves))
-    draw.text((left + width - 70, top + height + 4), f"update {longest}", fill="black", font=font)
+    """One chart: each run's values over its updates as dots, their running mean as a line. Updates
+    without a value (None) are left out."""
+    (left, top), (width, height), font = corner, size, ImageFont.load_default(15)
+    curves = [[(i, v) for i, v in enumerate(curve, 1) if v is not None] for curve in curves]
+    known = [value for curve in curves for _, value in curve]
+    low, high = min(known, default=0), max(known, default=0)
+    low, high = (low, high) if high > low else (low - 1, high + 1)
+    longest = max([i for curve in curves for i, _ in curve], default=1)
+    x = lambda i: left + width * i / longest
+    y = lambda value: top + height * (1 - (value - low) / (high - low))
+    draw.text((left, top - 8), title, fill="black", font=font, anchor="ls")
+    for value in ticks(low, high):
+        draw.line([left, y(value), left + width, y(value)], fill="#dddddd")
+        draw.text((left - 6, y(value)), f"{value:.4g}", fill="black", font=font, anchor="rm")
+    for i in ticks(0, longest):
+        draw.line([x(i), top + height, x(i), top + height + 4], fill="#777777")
+        draw.text((x(i), top + height + 6), f"{i:.4g}", fill="black", font=font, anchor="mt")
+    draw.text((left + width / 2, top + height + 22), "update", fill="black", font=font, anchor="mt")
+    draw.rectangle([left, top, left + width, top + height], outline="#777777")
     for curve, colour in zip(curves, COLOURS * len(curves)):
-        x = lambda i: left + width * i / max(1, longest - 1)
-        y = lambda value: top + height * (1 - (value - low) / (high - low))
-        points = [(x(i), y(value)) for i, value in enumerate(curve) if value is not None]
-        draw.line(points, fill=colour, width=2)
+        for i, value in curve:
+            draw.ellipse([x(i) - 1, y(value) - 1, x(i) + 1, y(value) + 1], fill=colour)
+        means = smooth([value for _, value in curve], max(1, len(curve) // 12))
+        draw.line([(x(i), y(m)) for (i, _), m in zip(curve, means)], fill=colour, width=2)
 
 
 def draw_curve(paths):
-    """The rewards that there were, KL and length of answers; one colour per run."""
-    runs = [evaluation.read_rows(Path(path)) for path in paths]
+    """The rewards that there were, KL and length of answers, or (sft.py) loss and gradient norm;
+    one colour per run."""
+    runs = [data.read_jsonl(Path(path)) for path in paths]
     if not all(runs):
         raise InputError(f"no lines in one of {', '.join(paths)}")
     titles = {
@@ -83,6 +100,8 @@ def draw_curve(paths):
         "kl": "KL to the reference, per token",
         "length": "tokens per completion",
     }
+    if "loss" in runs[0][0]:
+        titles = {"loss": "loss per answer token", "grad_norm": "gradient norm, before clipping"}
     given = lambda key: any(line.get(key) is not None for run in runs for line in run)
     titles = {key: title for key, title in titles.items() if given(key)}
     picture = Image.new("RGB", (1000, 260 * math.ceil(len(titles) / 2)), "white")
@@ -91,6 +110,25 @@ def draw_curve(paths):
         curves = [[line.get(key) for line in run] for run in runs]
         panel(ImageDraw.Draw(picture), corner, (420, 180), title, curves)
     return picture
+
+
+def draw_grids():
+    """The grid in a small, a medium and a large true box of an airplane, with the true labels."""
+    samples = data.load_samples("demo", "demo_data", "test")
+    samples = [sample for sample in samples if sample.class_name == "airplane"]
+    samples.sort(key=lambda sample: sample.mask.sum())
+    sheet = Image.new("RGB", (1160, 412), "white")
+    for i, sample in enumerate((samples[12], samples[-50], samples[-1])):
+        image, box = sample.image(), data.mask_to_box(sample.mask)
+        points = sampler.grid_points(box, *image.size)
+        row = {"box_px": [box], "points_px": points, "confidence": [1] * len(points)}
+        row["labels"] = sampler.label_points(points, sample.mask).tolist()
+        w, h = box[2:] - box[:2]
+        caption = f"box {w:.0f} x {h:.0f} of {image.width} x {image.height}: {len(points)} points"
+        picture = evaluation.draw_overlay(image, row, caption, 0.9, ~sample.mask & False, None, 384)
+        sheet.paste(picture.crop((388, 0, 772, 384)), (388 * i, 0))
+        sheet.paste(picture.crop((0, 384, 384, 412)), (388 * i, 384))
+    return sheet
 
 
 # ------------------------------------------------------------------------- compare
@@ -122,7 +160,9 @@ def draw_pairs(before, after, samples, names, count=3):
         for row, name in zip(pair, names):
             caption = f"{name}: {row['phrase']} (IoU {row['iou']:.2f})"
             mask = data.decode_rle(row["rle"])
-            picture = evaluation.overlay(sample.image(), row, caption, 0.9, mask, sample.mask, 256)
+            picture = evaluation.draw_overlay(
+                sample.image(), row, caption, 0.9, mask, sample.mask, 256
+            )
             tiles.append(picture)
     width, height = tiles[0].size
     sheet = Image.new("RGB", (2 * width + 12, count * height), "white")
@@ -132,14 +172,15 @@ def draw_pairs(before, after, samples, names, count=3):
 
 
 def main(args):
-    if args.kind == "curve":
-        draw_curve(args.runs).save(args.out)
+    if args.kind != "compare":
+        picture = draw_curve(args.runs) if args.kind == "curve" else draw_grids()
+        picture.save(args.out)
         return print(f"written: {args.out}")
     for run in args.runs:
         if not (Path(run) / "predictions.jsonl").is_file():
             raise InputError(f"no {run}/predictions.jsonl: eval.py --version_name … writes it")
     before, after = (
-        {(row["ref_id"], row["sentence"]): row for row in evaluation.read_rows(path)}
+        {(row["ref_id"], row["sentence"]): row for row in data.read_jsonl(path)}
         for path in (Path(run) / "predictions.jsonl" for run in args.runs)
     )
     if not before or before.keys() != after.keys():
