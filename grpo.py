@@ -453,6 +453,7 @@ def main(args):
         run.restore(saved, model, optimizer)
         del saved
 
+    run.catch_signals()
     executor, todo = ThreadPoolExecutor(1), range(run.done + 1, steps + 1)
     bar = tqdm(todo, "GRPO", initial=run.done, total=steps, disable=run.rank > 0)
     for step in bar:

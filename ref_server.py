@@ -148,7 +148,8 @@ class Reference:
             if status == 200:
                 break
             if status < 500:
-                raise InputError(f"the reference at {url} refused {path} ({status}, {why})")
+                remedy = f": {self.remedy}" if status == 412 else ""
+                raise InputError(f"the reference at {url} refused {path} ({status}, {why}){remedy}")
             if time.time() - start >= self.patience:
                 waited, self.patience = self.patience, 0  # requests in the queue fail at once
                 raise InputError(

@@ -186,11 +186,9 @@ class Run:
         # full fine-tuning needs float32 weights: updates of 1e-5 vanish in bfloat16
         self.dtype = torch.bfloat16 if self.is_cuda and args.lora_rank else torch.float32
         self.done, self.skipped, self.in_a_row = 0, 0, 0
+        self.signal = 0  # the number of the one that came
         if self.rank == 0:
             self.lock()
-        self.signal = 0  # the number of the one that came
-        signal.signal(signal.SIGTERM, self.note_signal)
-        signal.signal(signal.SIGINT, self.note_signal)
 
     def lock(self):
         """InputError if another run writes to this folder. The lock ends with the process."""
@@ -201,16 +199,21 @@ class Run:
             import fcntl  # not on Windows
 
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             message = f"another run is writing to {self.folder}: wait, or give a --version_name"
             raise InputError(message) from None
         except (ImportError, OSError):
             pass  # a file system without locks
 
-    def note_signal(self, number, frame):
-        """Let the loop finish its update. A second Ctrl-C ends the process at once."""
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def catch_signals(self):
+        """From now on, let the loop finish its update. A second Ctrl-C ends the process at once."""
+
+        def note_signal(number, frame):
+            self.signal = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        signal.signal(signal.SIGTERM, note_signal)
+        signal.signal(signal.SIGINT, note_signal)
 
     def print0(self, text):
         if self.rank == 0:
@@ -367,6 +370,8 @@ class Run:
                     sampler.save_adapter(model, self.folder / "adapter", self.args.model_path)
                 if self.args.merge or not self.args.lora_rank:
                     sampler.save_policy(model, processor, self.folder)
+                else:  # merged weights of before --no-merge would be loaded instead of the adapter
+                    (self.folder / "config.json").unlink(missing_ok=True)
                 shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while saving
                 new.mkdir(parents=True)
         self.barrier()
@@ -492,6 +497,7 @@ def main(args):
         del saved
 
     # 4. The loop.
+    run.catch_signals()
     bar = tqdm(
         range(run.done + 1, steps + 1), "SFT", initial=run.done, total=steps, disable=run.rank > 0
     )
