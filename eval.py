@@ -26,16 +26,13 @@ with a box and two points. The list may be empty.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
 import time
 import zlib
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,18 +52,14 @@ METRICS = (
 )
 
 
-def flag(text):
-    """--use_think, --use_think True and --use_think False all work, as in the published scripts."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
-    return text.lower() == "true"
-
-
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
-    count = number(int, 1)
-    bare = {"type": flag, "nargs": "?", "const": True, "default": False}
+    count, natural = number(int, 1), number(int, 0)
+    positive, share = number(float, 0, 1e6), number(float, 0, 1)
+    # --use_think, --use_think True and --use_think False all work, as in the published scripts
+    flag = lambda text: {"true": True, "false": False}.get(text.lower(), text)
+    bare = {"type": flag, "choices": [True, False], "nargs": "?", "const": True, "default": False}
     # what to evaluate
     add("--eval_model_path", help="model folder or hub name (default: runs/grpo, runs/sft or base)")
     add("--option", default="demo", help="set: demo, RRSISD, refsegrs ...; several: a,b")
@@ -79,26 +72,16 @@ def get_args(argv=None):
     # the model
     add("--prompts", choices=["points", "sam"], default="points", help=data.PROMPTS_HELP)
     add("--use_think", **bare, help="reason before answering")
-    add("--temperature", type=number(float, 0), default=0.0, help="0: greedy")
+    add("--temperature", type=positive, default=0.0, help="0: greedy")
     add("--best_of", type=count, default=1, help="answers per phrase; SAM and confidence pick one")
     add("--max_new_tokens", type=count, help="limit of one answer (256; 1024 with --prompts sam)")
     add("--batch_size", type=count, default=64, help="phrases per batch")
     # points and SAM
     add("--points", choices=["grid", "fixed", "random", "none"], default="grid", help="placement")
-    add(
-        "--alpha",
-        type=number(float, 0),
-        default=16,
-        help="cells per side: alpha * side / image side",
-    )
+    add("--alpha", type=positive, default=16, help="cells per side: alpha * side / image side")
     add("--k_min", type=count, default=3, help="fewest cells per side; also k of --points fixed")
     add("--k_max", type=count, default=6, help="most cells per side")
-    add(
-        "--theta",
-        type=number(float, 0, 1),
-        default=0.9,
-        help="drop labels less probable, at --temperature",
-    )
+    add("--theta", type=share, default=0.9, help="drop labels less probable, at --temperature")
     add("--sam_ckpt", default=str(sampler.TINY_SAM), help="weights: SAM, MobileSAM, tiny SAM")
     add("--multimask", action=on_off, default=False, help="best of SAM's three masks")
     add("--paper", action=on_off, default=False, help="as published: --k_min 1 --multimask")
@@ -107,20 +90,19 @@ def get_args(argv=None):
     add("--log_dir", default="runs", help="results go to <log_dir>/<version_name>")
     add("--version_name", default="eval", help="name of this run")
     add("--save_img", **bare, help="write overlay pictures")
-    add("--max_img", type=number(int, 0), default=100, help="how many overlays at most")
+    add("--max_img", type=natural, default=100, help="how many overlays at most")
     add("--resume", action=on_off, default=True, help="continue a run that was cut off")
-    add("--seed", type=number(int, 0), default=0, help="for sampling and --points random")
+    add("--seed", type=natural, default=0, help="for sampling and --points random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args(argv)
-    if args.max_new_tokens is None:  # an instance is some 40 tokens to Qwen's tokenizer
-        args.max_new_tokens = 1024 if args.prompts == "sam" else 256
-    args.use_think = args.use_think or args.prompts == "sam"
     if args.paper:
         args.k_min, args.multimask = 1, True
     is_sam, is_many = args.prompts == "sam", args.best_of > 1
+    args.use_think = args.use_think or is_sam
+    args.max_new_tokens = args.max_new_tokens or (1024 if is_sam else 256)
     for is_wrong, line in (
         (bool(args.image) != bool(args.query), "--image and --query go together"),
-        (args.image and (args.oracle or is_many), "--image: no --oracle and no --best_of"),
+        (args.image and (args.oracle or is_many), "--oracle and --best_of need a set, not --image"),
         (args.k_min > args.k_max, "--k_max is at least --k_min"),
         (is_many and not args.temperature, "--best_of needs a --temperature, such as 0.9"),
         (is_many and is_sam, "--best_of cannot compare the lists of --prompts sam"),
@@ -132,11 +114,222 @@ def get_args(argv=None):
     return args
 
 
+# ------------------------------------------------------------------------- the three stages
+
+
+@dataclass
+class Prediction:
+    """What the model answers to one phrase, in pixels."""
+
+    answer_box: str | None  # the texts; None if the truth took their place
+    boxes: np.ndarray  # (N, 4)
+    points: list  # N arrays (K, 2), the points of each box
+    is_readable: bool = True
+    is_repaired: bool = False  # whether the JSON of --prompts sam was not valid
+    answer_points: str | None = None
+    labels: list | None = None  # of all points; None if they cannot be read
+    confidence: list = field(default_factory=list)  # of all points
+
+    @property
+    def all_points(self):
+        return np.concatenate([np.zeros((0, 2)), *self.points])  # (N * K, 2)
+
+
+def prefill_images(model, processor, images):
+    """The KV cache of images (B), a repeated object only once: (PrefixCache, row of each image)."""
+    distinct = {id(image): image for image in images}
+    rows = [list(distinct).index(id(image)) for image in images]
+    batch = data.collate_images(processor, list(distinct.values()))
+    return sampler.prefill(model, batch), rows
+
+
+def generate_answers(model, processor, prefix, prompts, max_new_tokens, args):
+    """Prompts (B) behind prefilled images (B) -> [(text, probability of each character)]."""
+    cache, rows = prefix
+    cache = sampler.extend(model, cache, rows, data.collate_text(processor, prompts))
+    return sampler.generate(model, processor, cache, max_new_tokens, args.temperature)
+
+
+def predict_boxes(model, processor, prefix, images, phrases, args):
+    """Stage I: a Prediction with boxes for each phrase (B), with --prompts sam also with points."""
+    frames = [sampler.answer_frame(model, processor, *image.size) for image in images]
+    task = "sam" if args.prompts == "sam" else "box"
+    if task == "sam":
+        prompts = [data.sam_prompt(*pair) for pair in zip(phrases, frames)]
+    else:
+        prompts = [data.box_prompt(*pair, args.use_think) for pair in zip(phrases, frames)]
+    answers = generate_answers(model, processor, prefix, prompts, args.max_new_tokens, args)
+    predictions = []
+    for (text, _), image, frame in zip(answers, images, frames):
+        answer = data.read_answer(text, task).to_pixels(frame, image.size)
+        predictions.append(Prediction(text, **answer._asdict()))
+    return predictions
+
+
+def place_points(prediction, size, phrase, args):
+    """Put points into each box of a Prediction, as --points says. size: (W, H) of the image."""
+    if args.prompts == "points":  # else the answer has points
+        k_max = args.k_min if args.points == "fixed" else args.k_max
+        # random points are drawn by phrase, whatever the batch, the process or resuming
+        rng = np.random.default_rng([args.seed, zlib.crc32(phrase.encode())])
+        prediction.points = []
+        for box in prediction.boxes:
+            points = sampler.grid_points(box, *size, args.alpha, args.k_min, k_max)
+            if args.points == "random":
+                points = sampler.random_points(box, len(points), rng)
+            prediction.points.append(points)
+    if args.points == "none":
+        prediction.points = [points[:0] for points in prediction.points]
+
+
+def predict_labels(model, processor, prefix, images, phrases, predictions, args):
+    """Stage II: label the points of the Predictions (B), in place."""
+    counts = [len(prediction.all_points) for prediction in predictions]
+    asked = [i for i, count in enumerate(counts) if count]
+    if not asked:
+        return
+    prompts = []
+    for i in asked:
+        frame = sampler.answer_frame(model, processor, *images[i].size)
+        points = data.rescale(predictions[i].all_points, images[i].size, frame)
+        prompts.append(data.point_prompt(phrases[i], points, frame, args.use_think))
+    max_new_tokens = max(args.max_new_tokens, 2 * max(counts) + 32)  # a label and a comma each
+    cache, rows = prefix
+    prefix = cache, [rows[i] for i in asked]
+    answers = generate_answers(model, processor, prefix, prompts, max_new_tokens, args)
+    for i, (text, char_probs) in zip(asked, answers):
+        predictions[i].answer_points, found = text, data.find_labels(text)
+        if found and len(found[1]) == counts[i]:  # never a partial match of labels to points
+            places, predictions[i].labels = found
+            predictions[i].confidence = char_probs[places].round(4).tolist()
+
+
+def segment(segmenter, image, key, prediction, args):
+    """Stage III: boxes and the points that the model is sure of -> (mask (H, W), SAM's score)."""
+    if not len(prediction.boxes):
+        return np.zeros(image.size[::-1], dtype=bool), 0.0
+    prompts, start = [], 0
+    for box, points in zip(prediction.boxes, prediction.points):  # each box with its own points
+        part = slice(start, start + len(points))
+        keep, labels = np.zeros(len(points), dtype=bool), np.zeros(len(points))
+        if prediction.labels is not None:  # else SAM gets the box alone
+            labels = np.array(prediction.labels[part])
+            keep = sampler.is_confident(prediction.confidence[part], args.theta)
+        prompts.append((box, points[keep], labels[keep]))
+        start = part.stop
+    segmenter.set_image(image, (key, image.size))
+    return segmenter.segment_all([prompts])[0]
+
+
+def true_instances(truth, prompts):
+    """[(box (4,), its points)] of a mask (H, W): one box, or with --prompts sam all instances."""
+    if prompts == "sam":
+        return data.true_instances(truth)
+    return [(data.mask_to_box(truth), np.zeros((0, 2)))] if truth.any() else []
+
+
+def predict(model, processor, images, phrases, truths, args):
+    """Stages I and II: images and phrases (B) -> B Predictions. truths: masks (B), for --oracle."""
+    prefix = prefill_images(model, processor, images) if model is not None else None
+    # Stage I
+    if args.oracle:
+        predictions = []
+        for truth in truths:
+            found = true_instances(truth, args.prompts)
+            boxes = np.reshape([box for box, _ in found], (-1, 4))
+            predictions.append(Prediction(None, boxes, [points for _, points in found]))
+    else:
+        predictions = predict_boxes(model, processor, prefix, images, phrases, args)
+    # Stage II
+    for prediction, image, phrase in zip(predictions, images, phrases):
+        place_points(prediction, image.size, phrase, args)
+    if args.prompts == "points" and args.oracle != "points":
+        predict_labels(model, processor, prefix, images, phrases, predictions, args)
+        return predictions
+    for prediction, truth in zip(predictions, truths):  # the points of --prompts sam are all 1
+        points = prediction.all_points
+        prediction.labels, prediction.confidence = [1] * len(points), [1.0] * len(points)
+        if args.prompts == "points":
+            prediction.labels = sampler.label_points(points, truth).tolist()
+    return predictions
+
+
 # ------------------------------------------------------------------------- metrics
 
 
+def box_score(boxes, mask, prompts):
+    """IoU of predicted boxes (N, 4) with the true ones under the best matching, divided by the
+    larger number: extra and missing boxes cost. Where there is nothing to find, 1 for no box."""
+    true = [box for box, _ in data.merge_duplicates(true_instances(mask, prompts))]
+    return data.matched_iou(boxes, true) if true else float(not len(boxes))
+
+
+def point_score(labels, points_px, mask):
+    """Share of points (N, 2) labelled right; 0 without as many labels as points. Where there is
+    nothing to find, 1 for no points."""
+    if labels is None or len(labels) != len(points_px) or not len(labels):
+        return float(not len(points_px) and not mask.any())
+    return float((np.array(labels) == sampler.label_points(points_px, mask)).mean())
+
+
+def answer_scores(prediction, truth, prompts):
+    """(box IoU, point accuracy) of a Prediction; 0 if unreadable, even with nothing to find."""
+    if not prediction.is_readable:
+        return 0.0, 0.0
+    points = point_score(prediction.labels, prediction.all_points, truth)
+    return box_score(prediction.boxes, truth, prompts), points
+
+
+def compare_masks(mask, truth, size):
+    """data.mask_iou at native size, or (--size) resized to size x size, as some papers do."""
+    if not size:
+        return data.mask_iou(mask, truth)
+    resize = lambda m: np.asarray(Image.fromarray(m).resize((size, size), Image.NEAREST))
+    inter, union, iou = data.mask_iou(resize(mask), resize(truth))
+    # NOTE: a small target can vanish at that size, and finding nothing is still a miss
+    return inter, union, iou if union or not truth.any() else 0.0
+
+
+def score(prediction, sample, sentence, truth, mask, sam_score, args):
+    """The line of predictions.jsonl for one phrase."""
+    inter, union, iou = compare_masks(mask, truth, args.size)
+    box_iou, point_acc = answer_scores(prediction, truth, args.prompts)
+    share = data.box_scale(data.mask_to_box(truth), *truth.shape[::-1])
+    return {
+        "ref_id": sample.ref_id,
+        "sentence": sentence,
+        "image": sample.image_path.name,
+        "phrase": sample.phrases[sentence],
+        "class_name": sample.class_name,
+        "scale": data.size_word(share) if share else None,
+        "no_target": not truth.any(),
+        "answer_box": prediction.answer_box,
+        "answer_points": prediction.answer_points,
+        "box_px": prediction.boxes.round(2).tolist(),
+        "points_px": prediction.all_points.round(2).tolist(),
+        "labels": prediction.labels,
+        "confidence": prediction.confidence,
+        "sam_score": round(sam_score, 4),
+        "rle": data.encode_rle(mask),
+        "inter": inter,
+        "union": union,
+        "iou": iou if prediction.is_readable else 0.0,
+        "box_iou": box_iou,
+        "point_acc": None if args.points == "none" else point_acc,
+        "failed": not prediction.is_readable,
+        "repaired": prediction.is_repaired,
+    }
+
+
+def pick_best(candidates):
+    """Of several answers to one phrase, the one that SAM and the model trust most. The truth is not
+    looked at; the IoU of a pick that peeks is kept apart as `oracle_iou`."""
+    trust = lambda row: row["sam_score"] * np.mean(row["confidence"] or [0.5])
+    return {**max(candidates, key=trust), "oracle_iou": max(row["iou"] for row in candidates)}
+
+
 def summarize(rows):
-    """Metrics of prediction rows (inter, union, iou, box_iou, point_acc, failed); {} for none."""
+    """Metrics of lines of predictions.jsonl; {} for none."""
     if not rows:
         return {}
     iou = np.array([row["iou"] for row in rows])
@@ -173,233 +366,7 @@ def summarize_groups(rows):
     return metrics
 
 
-def box_score(boxes, mask, prompts):
-    """IoU of predicted boxes (N, 4) with the true ones under the best matching, divided by the
-    larger number: extra and missing boxes cost. Where there is nothing to find, 1 for no box."""
-    if not mask.any():
-        return float(not len(boxes))
-    true = [data.mask_to_box(mask)]
-    if prompts == "sam":
-        true = [box for box, _ in data.merge_duplicates(data.true_instances(mask))]
-    return data.matched_iou(boxes, true)
-
-
-def point_score(labels, points_px, mask):
-    """Share of points (N, 2) labelled right; 0 without as many labels as points. Where there is
-    nothing to find, 1 for no points."""
-    if labels is None or len(labels) != len(points_px) or not len(labels):
-        return float(not len(points_px) and not mask.any())
-    return float((np.array(labels) == sampler.label_points(points_px, mask)).mean())
-
-
-def answer_scores(prediction, truth, prompts):
-    """(box IoU, point accuracy) of a Prediction. What cannot be read is never right, not even where
-    there is nothing to find."""
-    if not prediction.is_readable:
-        return 0.0, 0.0
-    points = point_score(prediction.labels, prediction.all_points, truth)
-    return box_score(prediction.boxes, truth, prompts), points
-
-
-def compare_masks(mask, truth, size):
-    """data.mask_iou at native size, or (--size) resized to size x size, as some papers do."""
-    if not size:
-        return data.mask_iou(mask, truth)
-    resize = lambda m: np.asarray(Image.fromarray(m).resize((size, size), Image.NEAREST))
-    inter, union, iou = data.mask_iou(resize(mask), resize(truth))
-    # NOTE: a small target can vanish at that size, and finding nothing is still a miss
-    return inter, union, iou if union or not truth.any() else 0.0
-
-
-# ------------------------------------------------------------------------- the three stages
-
-
-@dataclass
-class Prediction:
-    """What the model answers to one phrase, in pixels."""
-
-    answer_box: str | None  # the texts; None if the truth took their place
-    boxes: np.ndarray  # (N, 4)
-    points: list  # N arrays (K, 2), the points of each box
-    is_readable: bool
-    is_repaired: bool = False  # whether the JSON of --prompts sam was not valid
-    answer_points: str | None = None
-    labels: list | None = None  # of all points; None if they cannot be read
-    confidence: list = field(default_factory=list)  # of all points
-
-    @property
-    def all_points(self):
-        """(N * K, 2)"""
-        return np.concatenate([np.zeros((0, 2)), *self.points])
-
-
-class ImagePrefix(NamedTuple):
-    """The KV cache of distinct images, with an image for each of B prompts."""
-
-    prefix: sampler.PrefixCache
-    rows: list  # B, the row of the cache
-    images: list  # B, PIL
-    frames: list  # B, see sampler.answer_frame
-
-    def select(self, picked):
-        return ImagePrefix(self.prefix, *([column[i] for i in picked] for column in self[1:]))
-
-
-def prefill_images(model, processor, images):
-    """The ImagePrefix of images (B). An image that occurs several times (the same object) is
-    encoded once."""
-    frames = [sampler.answer_frame(model, processor, *image.size) for image in images]
-    distinct = {id(image): image for image in images}
-    rows = [list(distinct).index(id(image)) for image in images]
-    batch = data.collate_images(processor, list(distinct.values()))
-    return ImagePrefix(sampler.prefill(model, batch), rows, images, frames)
-
-
-def generate_answers(model, processor, views, prompts, max_new_tokens, args):
-    """Prompts (B) behind their images -> [(text, probability of each character)]."""
-    text = data.collate_text(processor, prompts)
-    prefix = sampler.extend(model, views.prefix, views.rows, text)
-    return sampler.generate(model, processor, prefix, max_new_tokens, args.temperature)
-
-
-def predict_boxes(model, processor, views, phrases, args):
-    """Stage I: a Prediction for each phrase (B), with boxes. With --prompts sam the same answer has
-    the points, too."""
-    if args.prompts == "sam":
-        prompts = [data.sam_prompt(*pair) for pair in zip(phrases, views.frames)]
-    else:
-        prompts = [data.box_prompt(*pair, args.use_think) for pair in zip(phrases, views.frames)]
-    answers = generate_answers(model, processor, views, prompts, args.max_new_tokens, args)
-    predictions = []
-    for (text, _), image, frame in zip(answers, views.images, views.frames):
-        task = "sam" if args.prompts == "sam" else "box"
-        answer = data.read_answer(text, task).to_pixels(frame, image.size)
-        read = answer.boxes, answer.points, answer.is_readable, answer.is_repaired
-        predictions.append(Prediction(text, *read))
-    return predictions
-
-
-def predict_labels(model, processor, views, phrases, predictions, args):
-    """Stage II: label the points of every Prediction, in place."""
-    points = [prediction.all_points for prediction in predictions]
-    prompts = [
-        data.point_prompt(phrase, data.rescale(p, image.size, frame), frame, args.use_think)
-        for phrase, p, image, frame in zip(phrases, points, views.images, views.frames)
-    ]
-    # a label and a comma for each point
-    max_new_tokens = max(args.max_new_tokens, 2 * max(map(len, points)) + 32)
-    answers = generate_answers(model, processor, views, prompts, max_new_tokens, args)
-    for prediction, (text, char_probs), p in zip(predictions, answers, points):
-        prediction.answer_points, found = text, data.find_labels(text)
-        if found and len(found[1]) == len(p):  # never a partial match of labels to points
-            places, prediction.labels = found
-            prediction.confidence = char_probs[places].round(4).tolist()
-
-
-def place_points(box_px, width, height, args, rng):
-    """Points (N, 2) of one box as --points says."""
-    if args.points == "none":
-        return np.zeros((0, 2))
-    k_max = args.k_min if args.points == "fixed" else args.k_max
-    points = sampler.grid_points(box_px, width, height, args.alpha, args.k_min, k_max)
-    return sampler.random_points(box_px, len(points), rng) if args.points == "random" else points
-
-
-def true_prediction(truth, prompts):
-    """--oracle: the boxes of a mask, with --prompts sam those of its instances and their points."""
-    found = data.true_instances(truth) if prompts == "sam" else []
-    if prompts != "sam" and truth.any():
-        found = [(data.mask_to_box(truth), np.zeros((0, 2)))]
-    boxes = np.reshape([box for box, _ in found], (-1, 4))
-    return Prediction(None, boxes, [points for _, points in found], is_readable=True)
-
-
-def predict(model, processor, images, phrases, truths, args):
-    """Stages I and II for images and phrases (B) -> B Predictions.
-
-    truths: masks (B), used with --oracle only. Random points are drawn by phrase, so they do not
-    depend on batches, processes or resuming.
-    """
-    views = prefill_images(model, processor, images) if model is not None else None
-    if args.oracle:
-        predictions = [true_prediction(truth, args.prompts) for truth in truths]
-    else:
-        predictions = predict_boxes(model, processor, views, phrases, args)
-    for prediction, image, phrase in zip(predictions, images, phrases):
-        if args.points == "none":
-            prediction.points = [np.zeros((0, 2))] * len(prediction.boxes)
-        elif args.prompts == "points":
-            rng = np.random.default_rng([args.seed, zlib.crc32(phrase.encode())])
-            grid = lambda box, size=image.size, rng=rng: place_points(box, *size, args, rng)
-            prediction.points = list(map(grid, prediction.boxes))
-    if args.prompts == "sam" or args.oracle == "points":
-        for prediction, truth in zip(predictions, truths):
-            points = prediction.all_points
-            is_true = args.prompts == "points"
-            labels = sampler.label_points(points, truth) if is_true else np.ones(len(points), int)
-            prediction.labels, prediction.confidence = labels.tolist(), [1.0] * len(points)
-        return predictions
-    asked = [i for i, prediction in enumerate(predictions) if len(prediction.all_points)]
-    if asked:
-        some = [phrases[i] for i in asked], [predictions[i] for i in asked]
-        predict_labels(model, processor, views.select(asked), *some, args)
-    return predictions
-
-
-def segment(segmenter, image, key, prediction, args):
-    """Stage III: the boxes and the points that the model is sure of -> (mask bool (H, W), SAM's
-    score)."""
-    if not len(prediction.boxes):
-        return np.zeros(image.size[::-1], dtype=bool), 0.0
-    prompts, start = [], 0
-    for box, points in zip(prediction.boxes, prediction.points):  # each box with its own points
-        part = slice(start, start + len(points))
-        keep, labels = np.zeros(len(points), dtype=bool), np.zeros(len(points))
-        if prediction.labels is not None:  # else SAM gets the box alone
-            labels = np.array(prediction.labels[part])
-            keep = sampler.is_confident(prediction.confidence[part], args.theta)
-        prompts.append((box, points[keep], labels[keep]))
-        start = part.stop
-    segmenter.set_image(image, (key, image.size))
-    return segmenter.segment_all([prompts])[0]
-
-
-def score(prediction, sample, sentence, truth, mask, sam_score, args):
-    """The line of predictions.jsonl for one phrase."""
-    inter, union, iou = compare_masks(mask, truth, args.size)
-    share = data.box_scale(data.mask_to_box(truth), truth.shape[1], truth.shape[0])
-    box_iou, point_acc = answer_scores(prediction, truth, args.prompts)
-    return {
-        "ref_id": sample.ref_id,
-        "sentence": sentence,
-        "image": sample.image_path.name,
-        "phrase": sample.phrases[sentence],
-        "class_name": sample.class_name,
-        "scale": data.size_word(share) if share else None,
-        "no_target": not truth.any(),
-        "answer_box": prediction.answer_box,
-        "answer_points": prediction.answer_points,
-        "box_px": prediction.boxes.round(2).tolist(),
-        "points_px": prediction.all_points.round(2).tolist(),
-        "labels": prediction.labels,
-        "confidence": prediction.confidence,
-        "sam_score": round(sam_score, 4),
-        "rle": data.encode_rle(mask),
-        "inter": inter,
-        "union": union,
-        "iou": iou if prediction.is_readable else 0.0,
-        "box_iou": box_iou,
-        "point_acc": None if args.points == "none" else point_acc,
-        "failed": not prediction.is_readable,
-        "repaired": prediction.is_repaired,
-    }
-
-
-def pick_best(candidates):
-    """Of several answers to one phrase, the one that SAM and the model trust most. The truth is not
-    looked at; the IoU of a pick that peeks is kept apart as `oracle_iou`."""
-    trust = lambda row: row["sam_score"] * np.mean(row["confidence"] or [0.5])
-    return {**max(candidates, key=trust), "oracle_iou": max(row["iou"] for row in candidates)}
+# ------------------------------------------------------------------------- batches and sets
 
 
 def open_images(samples):
@@ -410,12 +377,10 @@ def open_images(samples):
 
 
 def evaluate(model, processor, segmenter, batch, args):
-    """All three stages for a batch of (sample, index of its phrase) -> lines of predictions.jsonl.
-
-    With --best_of n every phrase is answered n times. Its image and truth are read once.
-    """
-    n = args.best_of
-    images, truths = open_images([s for s, _ in batch]), [s.mask for s, _ in batch]
+    """All three stages for a batch of (sample, index of its phrase), each phrase --best_of times ->
+    lines of predictions.jsonl."""
+    n, samples = args.best_of, [sample for sample, _ in batch]
+    images, truths = open_images(samples), [sample.mask for sample in samples]
     repeat = lambda values: [value for value in values for _ in range(n)]
     phrases = repeat(sample.phrases[i] for sample, i in batch)
     predictions = predict(model, processor, repeat(images), phrases, repeat(truths), args)
@@ -430,15 +395,15 @@ def evaluate(model, processor, segmenter, batch, args):
 
 
 def validate(model, processor, samples, prompts="points", batch_size=64, limit=200):
-    """Greedy box IoU and point accuracy of `limit` samples spread evenly, for training, no SAM:
-    {"no think" and "think": {"box_iou", "point_acc"}}; --prompts sam always thinks.
-
-    Every process takes its share, and all get the result. {} without samples.
-    """
+    """Greedy box IoU and point accuracy, of `limit` samples spread evenly, without SAM:
+    {"no think" and "think": {"box_iou", "point_acc"}}; --prompts sam always thinks. Every process
+    takes its share, and all get the result. {} without samples."""
+    if not samples:
+        return {}
     args, (rank, world) = get_args(["--prompts", prompts]), sampler.rank_and_world()
     picks = np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)
     own, scores = [samples[i] for i in picks[rank::world]], {}
-    for args.use_think in ((True,) if prompts == "sam" else (False, True)) if samples else ():
+    for args.use_think in [True] if prompts == "sam" else [False, True]:
         totals = torch.zeros(3, dtype=torch.float64, device=model.device)  # IoU, accuracy, number
         for start in range(0, len(own), batch_size):
             batch = own[start : start + batch_size]
@@ -453,6 +418,120 @@ def validate(model, processor, samples, prompts="points", batch_size=64, limit=2
         name = "think" if args.use_think else "no think"
         scores[name] = {"box_iou": box_iou, "point_acc": point_acc}
     return scores
+
+
+def describe_run(args, path):
+    """The protocol: what was run, for metrics.json and the head of the table."""
+    scaled = f"alpha={args.alpha:g} k={args.k_min}-{args.k_max}"
+    cells = f"k={args.k_min}" if args.points == "fixed" else scaled
+    grid = f"{args.points} {cells} theta={args.theta:g}"
+    points = "two per instance" if args.prompts == "sam" else grid
+    sampling = f"tau={args.temperature:g} best of {args.best_of}"
+    return {
+        "option": args.option,
+        "split": args.split,
+        "model": f"oracle {args.oracle}" if args.oracle else path,
+        "sam": "tiny_sam" if args.sam_ckpt == str(sampler.TINY_SAM) else Path(args.sam_ckpt).name,
+        "size": f"{args.size} x {args.size}, as some papers" if args.size else "native",
+        "prompts": args.prompts,
+        "use_think": args.use_think,
+        "points": ("none" if args.points == "none" else points) + " multimask" * args.multimask,
+        "decoding": sampling if args.temperature else "greedy",
+        "metrics": METRICS,
+    }
+
+
+def gather_predictions(folder):
+    """Merge the files of all processes into predictions.jsonl: {(ref_id, sentence): row}."""
+    path = folder / "predictions.jsonl"
+    parts = [path, *sorted(folder.glob("predictions.jsonl.rank*"))]
+    rows = [row for part in parts for row in data.read_jsonl(part)]
+    rows = {(row["ref_id"], row["sentence"]): row for row in rows}
+    new = path.with_suffix(".new")
+    new.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    os.replace(new, path)
+    for part in parts[1:]:
+        part.unlink()
+    return rows
+
+
+def start_or_resume(folder, args, samples, protocol):
+    """(ref_id, sentence) of the answers in `folder`, if all that they depend on is as it was. Else
+    they are moved aside."""
+    files = {Path(args.sam_ckpt), *Path(args.eval_model_path).glob("**/*.safetensors")}
+    files |= {sample.image_path for sample in samples}
+    files |= {s.segmentation for s in samples if isinstance(s.segmentation, Path)}
+    versions = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
+    state = [protocol, versions, data.checksum(samples), args.seed, args.max_new_tokens]
+    state = zlib.crc32(repr(state).encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    done, settings = set(gather_predictions(folder)), folder / "args.json"
+    is_same = [row.get("state") for row in data.read_jsonl(settings)] == [state]
+    if done and args.resume and is_same:
+        print(f"{len(done)} answers are in {folder}/predictions.jsonl (--no-resume starts over)")
+    elif done:
+        os.replace(folder / "predictions.jsonl", folder / "predictions.old.jsonl")
+        print(f"{len(done)} answers of another run are now in {folder}/predictions.old.jsonl")
+        done = set()
+    settings.write_text(json.dumps({**vars(args), "state": state}))
+    return done
+
+
+def share_out(samples, done, rank, world):
+    """What this process has to do: (sample, index of its phrase), less what is `done`. The phrases
+    of an image stay together, so it is encoded once."""
+    by_path = lambda sample: str(sample.image_path)
+    own = set(sorted(set(map(by_path, samples)))[rank::world])  # paths of images
+    samples = sorted((s for s in samples if by_path(s) in own), key=by_path)
+    todo = [(sample, i) for sample in samples for i in range(len(sample.phrases))]
+    return [(sample, i) for sample, i in todo if (sample.ref_id, i) not in done]
+
+
+def evaluate_set(args, folder, samples, n_skipped, model, processor, segmenter):
+    """The three stages over one set, and its metrics ({} but for process 0)."""
+    (rank, world), start = sampler.rank_and_world(), time.time()
+    protocol = describe_run(args, args.eval_model_path)
+
+    # 1. What an earlier run has not done.
+    shared = [start_or_resume(folder, args, samples, protocol) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(shared)
+    done = shared[0]
+    todo = share_out(samples, done, rank, world)
+
+    # 2. The three stages, batch by batch.
+    ious, step = [], max(1, args.batch_size // args.best_of)
+    batches = [todo[i : i + step] for i in range(0, len(todo), step)]
+    suffix = f".rank{rank}" if rank else ""
+    with open(folder / f"predictions.jsonl{suffix}", "a") as file:
+        for batch in (bar := tqdm(batches, "evaluating", disable=rank > 0)):
+            lines = evaluate(model, processor, segmenter, batch, args)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            ious += [line["iou"] for line in lines]
+            bar.set_postfix(miou=f"{np.mean(ious):.3f}")
+    if world > 1:
+        dist.barrier()
+    if rank > 0:
+        return {}
+
+    # 3. Metrics, of what was written.
+    rows = list(gather_predictions(folder).values())
+    expected = sum(len(sample.phrases) for sample in samples)
+    if len(rows) != expected:
+        raise InputError(
+            f"{len(rows)} of {expected} answers are in {folder}: another process writes there, or "
+            "the machines do not share it (--version_name, --log_dir)"
+        )
+    metrics = {**summarize_groups(rows), "n_skipped": n_skipped, "protocol": protocol}
+    metrics["seconds"] = None if done else round(time.time() - start, 1)  # of a part: no measure
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, default=float))
+    report(metrics)
+    took = "continued" if done else f"{metrics['seconds']} s"
+    print(f"{took}; written to {folder}: metrics.json, predictions.jsonl")
+    if args.save_img:
+        save_pictures(folder / "images", rows, samples, args)
+    return metrics
 
 
 # ------------------------------------------------------------------------- pictures and tables
@@ -531,141 +610,6 @@ def report(metrics):
         print(f"{peek} {metrics['oracle_miou']:.3f}")
 
 
-# ------------------------------------------------------------------------- one set
-
-
-def describe_run(args, path):
-    """The protocol: what was run, for metrics.json and the head of the table."""
-    sides = f"k={args.k_min}" if args.points == "fixed" else f"k={args.k_min}-{args.k_max}"
-    grid = "none" if args.points == "none" else "two per instance"
-    if args.prompts == "points" and args.points != "none":
-        alpha = "" if args.points == "fixed" else f"alpha={args.alpha:g} "
-        grid = f"{args.points} {alpha}{sides} theta={args.theta:g}"
-    is_greedy = args.temperature == 0
-    return {
-        "option": args.option,
-        "split": args.split,
-        "model": f"oracle {args.oracle}" if args.oracle else path,
-        "sam": "tiny_sam" if args.sam_ckpt == str(sampler.TINY_SAM) else Path(args.sam_ckpt).name,
-        "size": f"{args.size} x {args.size}, as some papers" if args.size else "native",
-        "prompts": args.prompts,
-        "use_think": args.use_think,
-        "points": grid + " multimask" * args.multimask,
-        "decoding": "greedy" if is_greedy else f"tau={args.temperature:g} best of {args.best_of}",
-        "metrics": METRICS,
-    }
-
-
-def state_of(samples, protocol, path, args):
-    """Everything that answers depend on. They are kept only for a run with the same state."""
-    masks = {s.segmentation for s in samples if isinstance(s.segmentation, Path)}
-    files = {*Path(path).glob("**/*.safetensors"), Path(args.sam_ckpt), *masks}
-    files = sorted((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    return {
-        **protocol,
-        "files": hashlib.sha256(repr(files).encode()).hexdigest(),
-        "samples": data.checksum(samples),
-        "seed": args.seed,
-        "max_new_tokens": args.max_new_tokens,
-    }
-
-
-def gather_predictions(folder):
-    """Merge the files of all processes into predictions.jsonl; all rows by (ref, sentence)."""
-    path = folder / "predictions.jsonl"
-    parts = [path, *sorted(folder.glob("predictions.jsonl.rank*"))]
-    rows = [row for part in parts for row in data.read_jsonl(part)]
-    rows = {(row["ref_id"], row["sentence"]): row for row in rows}
-    new = path.with_suffix(".new")
-    new.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-    os.replace(new, path)
-    for part in parts[1:]:
-        part.unlink()
-    return rows
-
-
-def start_or_resume(folder, args, state):
-    """Keep the answers of a run with the same state that was cut off; move others aside."""
-    settings, path = folder / "args.json", folder / "predictions.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    done, before = gather_predictions(folder), (data.read_jsonl(settings) or [{}])[0]
-    if done and args.resume and before.get("state") == state:
-        print(f"{len(done)} answers are in {folder}/predictions.jsonl (--no-resume starts over)")
-    elif done:
-        os.replace(path, folder / "predictions.old.jsonl")
-        print(f"{len(done)} answers of another run are now in {folder}/predictions.old.jsonl")
-    settings.write_text(json.dumps({**vars(args), "state": state}))
-
-
-def share_out(samples, done, rank, world):
-    """What this process has to do: (sample, index of its phrase), less what is `done`. The phrases
-    of an image stay together, so it is encoded once."""
-    by_path = lambda sample: str(sample.image_path)
-    images = [list(group) for _, group in groupby(sorted(samples, key=by_path), key=by_path)]
-    own = [sample for group in images[rank::world] for sample in group]
-    todo = [(sample, i) for sample in own for i in range(len(sample.phrases))]
-    return [(sample, i) for sample, i in todo if (sample.ref_id, i) not in done]
-
-
-def write_metrics(folder, samples, n_skipped, protocol, seconds):
-    """Metrics of what was written to predictions.jsonl: to metrics.json, and to the console."""
-    rows = list(gather_predictions(folder).values())
-    expected = sum(len(sample.phrases) for sample in samples)
-    if len(rows) != expected:
-        raise InputError(
-            f"{len(rows)} of {expected} answers are in {folder}: another process writes there, or "
-            "the machines do not share it (--version_name, --log_dir)"
-        )
-    metrics = {**summarize_groups(rows), "n_skipped": n_skipped}
-    metrics |= {"seconds": seconds, "protocol": protocol}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, default=float))
-    report(metrics)
-    took = "continued" if seconds is None else f"{seconds} s"
-    print(f"{took}; written to {folder}: metrics.json, predictions.jsonl")
-    return metrics, rows
-
-
-def evaluate_set(args, folder, loaded, path, model, processor, segmenter):
-    """The three stages over one set, and its metrics ({} but for process 0). loaded: what
-    data.load_valid returned; path: of the model."""
-    (rank, world), start = sampler.rank_and_world(), time.time()
-    wait = dist.barrier if world > 1 else lambda: None
-    (samples, n_skipped), protocol = loaded, describe_run(args, path)
-
-    # 1. What an earlier run has not done.
-    if rank == 0:
-        start_or_resume(folder, args, state_of(samples, protocol, path, args))
-    wait()
-    done = data.read_jsonl(folder / "predictions.jsonl")
-    done = {(row["ref_id"], row["sentence"]) for row in done}
-    wait()  # nobody writes before all have read
-    todo = share_out(samples, done, rank, world)
-
-    # 2. The three stages, batch by batch.
-    ious, step = [], max(1, args.batch_size // args.best_of)
-    part = folder / ("predictions.jsonl" if world == 1 else f"predictions.jsonl.rank{rank}")
-    bar = tqdm(total=len(todo), desc="evaluating", disable=rank > 0)
-    with open(part, "a") as file:
-        for batch in (todo[i : i + step] for i in range(0, len(todo), step)):
-            lines = evaluate(model, processor, segmenter, batch, args)
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            ious += [line["iou"] for line in lines]
-            bar.update(len(batch))
-            bar.set_postfix(miou=f"{np.mean(ious):.3f}")
-    bar.close()
-    wait()
-
-    # 3. Metrics.
-    if rank > 0:
-        return {}
-    seconds = None if done else round(time.time() - start, 1)  # a part would be no measure
-    metrics, rows = write_metrics(folder, samples, n_skipped, protocol, seconds)
-    if args.save_img:
-        save_pictures(folder / "images", rows, samples, args)
-    return metrics
-
-
 # ------------------------------------------------------------------------- main
 
 
@@ -682,17 +626,16 @@ def segment_one(args, model, processor, segmenter, folder):
     image = data.open_image(args.image, upright=True)
     (prediction,) = predict(model, processor, [image], [args.query], [None], args)
     mask, sam_score = segment(segmenter, image, args.image, prediction, args)
-    row = {"box_px": prediction.boxes.round(1).tolist(), "labels": prediction.labels}
-    row |= {"points_px": prediction.all_points.round(1).tolist()}
-    row["confidence"] = prediction.confidence
+    row = {"box_px": prediction.boxes.round(1).tolist(), "confidence": prediction.confidence}
+    row["points_px"] = prediction.all_points.round(1).tolist()
+    row["labels"] = prediction.labels or []
     name = folder / Path(args.image).stem
     Image.fromarray(mask).save(f"{name}_mask.png")
     draw_overlay(image, row, args.query, args.theta, mask).save(f"{name}_overlay.png")
     print(f"box answer    {prediction.answer_box}\npoint answer  {prediction.answer_points}")
     none = "none: there is nothing to find" if prediction.is_readable else "none is readable"
     print(f"box (pixels)  {row['box_px'] or none}")
-    points = zip(row["points_px"], prediction.labels or (), prediction.confidence)
-    for point, label, confidence in points:
+    for point, label, confidence in zip(row["points_px"], row["labels"], row["confidence"]):
         dropped = "" if confidence >= args.theta else ", dropped"
         print(f"  point {point}: {label} (p = {confidence:.2f}{dropped})")
     print(f"SAM's own score {sam_score:.2f}, mask of {mask.sum()} pixels")
@@ -707,7 +650,7 @@ def main(args):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     rank, _ = sampler.rank_and_world()
     torch.manual_seed(args.seed + rank)
-    path = args.eval_model_path or default_model(args.log_dir)
+    path = args.eval_model_path = args.eval_model_path or default_model(args.log_dir)
     needs_model = args.oracle != "points" and not (args.oracle == "box" and args.points == "none")
     model, processor = sampler.load_policy(path, args.device) if needs_model else (None, None)
     segmenter = sampler.Segmenter(args.sam_ckpt, args.device, args.multimask)
@@ -726,9 +669,9 @@ def main(args):
     # 3. Each set. Several have a folder each, and a table together.
     metrics = {}
     for option, loaded in sets.items():
-        own = argparse.Namespace(**{**vars(args), "option": option})
+        args.option = option
         into = folder / option if len(sets) > 1 else folder
-        metrics[option] = evaluate_set(own, into, loaded, path, model, processor, segmenter)
+        metrics[option] = evaluate_set(args, into, *loaded, model, processor, segmenter)
     if rank == 0 and len(sets) > 1:
         print(f"\n{table(metrics)}\n\n{METRICS}")
     if dist.is_initialized():
