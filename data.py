@@ -1,24 +1,23 @@
 """Samples, prompts, answers and batches: everything between files on disk and tensors.
 
 A *sample* is one referring expression: an aerial image, phrases that all mean the same object, and
-the mask of that object. This file reads samples in five layouts (REFER's, for RRSIS-D, RIS-LAD and
-any set of that shape; those of EarthReason, RefSegRS, RISBench and RISORS), writes the prompt that
-a model gets, reads the answer that it gives, and pads prompts into batches. The demo set, which
-every script uses by default, is in REFER's layout and takes the same path as real data.
+the mask of that object. This file reads samples in five layouts (REFER's, as RRSIS-D and RIS-LAD
+have it, and those of EarthReason, RefSegRS, RISBench and RISORS), writes the prompt that a model
+gets, reads the answer that it gives, and pads prompts into batches. The demo set, which all scripts
+use by default, is in REFER's layout. assets/make_demo.py draws it on first use, in half a minute.
 
     python data.py                                                # check the demo set
     python data.py --option RRSISD --data_root /path/to/RRSIS-D   # check a real one
     python data.py --option RRSISD,earthreason --data_root /path/above/both
 
 A check prints counts per split and class, bad records, phrase lengths and object scales, and draws
-a contact sheet. The demo set is drawn on first use (assets/make_demo.py), in half a minute.
+a contact sheet.
 
 Conventions: boxes are (x1, y1, x2, y2), half-open (x2 = last column + 1). Points are (x, y). Masks
 are bool (H, W). The suffix `_px` means native pixels. Only `rescale` converts between frames.
 """
 
 import argparse
-import codecs
 import io
 import json
 import math
@@ -26,15 +25,14 @@ import os
 import pickle
 import pickletools
 import re
-import reprlib
 import subprocess
 import sys
 import warnings
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +40,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -52,14 +51,10 @@ from sampler import InputError, error_border, one_line
 
 
 def rescale(coords, source, target):
-    """Convert points (..., 2) or boxes (..., 4) from one frame to another.
-
-    A frame is a (width, height): (W, H) for native pixels, (1000, 1000) or (1, 1) for relative
-    coordinates, the resized size for models that write pixels of the resized image.
-    """
+    """Convert points (..., 2) or boxes (..., 4) from one frame to another. A frame is a (width,
+    height): the image's, in pixels, the resized image's, or (1000, 1000) or (1, 1)."""
     coords = np.asarray(coords, dtype=np.float64)
-    factor = np.array([target[0] / source[0], target[1] / source[1]])
-    return coords * np.tile(factor, coords.shape[-1] // 2)
+    return coords * np.tile(np.divide(target, source), coords.shape[-1] // 2)
 
 
 def box_iou(a, b):
@@ -70,15 +65,13 @@ def box_iou(a, b):
     inter = np.clip(side, 0, None).prod(-1)
     area = lambda box: np.clip(box[..., 2:] - box[..., :2], 0, None).prod(-1)
     union = area(a) + area(b) - inter
-    return np.where(union > 0, inter / np.where(union > 0, union, 1), 0.0)
+    return inter / np.where(union > 0, union, 1)
 
 
 def hungarian(scores):
     """Column for every row of scores (N, M), N <= M, each used once, with the largest total: (N,).
-
-    The Hungarian method, O(N^2 M). Rows join one by one along the cheapest alternating path. The
-    potentials `u` and `v` keep every reduced cost, cost - u - v, at 0 or above.
-    """
+    The Hungarian method: rows join one by one along the cheapest alternating path. The potentials
+    `u` and `v` keep every reduced cost, cost - u - v, at 0 or above."""
     cost = -np.asarray(scores, dtype=np.float64)
     rows, cols = cost.shape
     u, v = np.zeros(rows), np.zeros(cols + 1)
@@ -109,9 +102,7 @@ def matched_iou(pred, true):
     count, so that extra and missing boxes cost; 0 if there are none."""
     iou = box_iou(pred, true)  # (N, M)
     iou = iou if len(iou) <= iou.shape[1] else iou.T
-    if not len(iou):
-        return 0.0
-    return float(iou[np.arange(len(iou)), hungarian(iou)].sum() / iou.shape[1])
+    return float(iou[np.arange(len(iou)), hungarian(iou)].sum() / max(iou.shape[1], 1))
 
 
 def mask_iou(pred, true):
@@ -122,10 +113,7 @@ def mask_iou(pred, true):
 
 def mask_to_box(mask):
     """Tight half-open box (x1, y1, x2, y2) of a bool mask (H, W); zeros for an empty mask."""
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return np.zeros(4)
-    return np.array([cols[0], rows[0], cols[-1] + 1, rows[-1] + 1], dtype=np.float64)
+    return np.array(Image.fromarray(mask).getbbox() or (0, 0, 0, 0), dtype=np.float64)
 
 
 def connected_components(mask, min_share=0.01):
@@ -146,8 +134,8 @@ def connected_components(mask, min_share=0.01):
         before = label.copy()
         np.minimum.at(label, before[:count], before[neighbours].min(0))
         label = label[label]
-    roots, part = np.unique(label[:count], return_inverse=True)
-    areas, parts = np.bincount(part, minlength=len(roots)), []
+    _, part, areas = np.unique(label[:count], return_inverse=True, return_counts=True)
+    parts = []
     for k in np.flatnonzero(areas >= min(min_share * count, areas.max(initial=0))):
         parts.append(np.zeros_like(mask))
         parts[-1][mask] = part == k
@@ -156,10 +144,8 @@ def connected_components(mask, min_share=0.01):
 
 def interior_points(mask):
     """Two points (2, 2) well inside a bool mask (H, W) that is not empty: the pixel deepest in it,
-    and the one farthest from there of those at least half as deep.
-
-    Depth is counted in erosions. Of a large mask only every n-th pixel is looked at.
-    """
+    counted in erosions, and the one farthest from there of those at least half as deep. Of a large
+    mask only every n-th pixel counts."""
     x1, y1, x2, y2 = mask_to_box(mask).astype(int)
     step = math.ceil(max(x2 - x1, y2 - y1) / 64)
     step = step if mask[y1:y2:step, x1:x2:step].any() else 1  # a thin mask may be missed
@@ -191,27 +177,23 @@ def encode_rle(mask):
     chars = []
     for i, run in enumerate(runs):
         value = run - runs[i - 2] if i > 2 else run
-        while True:
+        more = True
+        while more:
             group = value & 31
             value >>= 5
             more = value != (-1 if group & 16 else 0)
             chars.append(48 + group + 32 * more)
-            if not more:
-                break
     return {"size": [int(s) for s in np.shape(mask)], "counts": bytes(chars).decode()}
 
 
 def uncompress(counts):
     """The compressed string -> run lengths (R,). Vectorised: every char belongs to one value."""
-    counts = counts.encode(errors="surrogatepass") if isinstance(counts, str) else counts
     group = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    if not group.size:
-        return group
     if group.min() < 0 or group.max() > 63 or group[-1] & 32:
         raise InputError("RLE counts: a character outside COCO's alphabet, or a cut string")
     ends = np.flatnonzero(group < 32)  # the last char of each value
-    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
-    length = ends - starts + 1
+    length = np.diff(ends, prepend=-1)
+    starts = ends - length + 1
     shift = 5 * (np.arange(group.size) - np.repeat(starts, length))
     if shift.max() > 30:  # NOTE: int64 would overflow in silence
         raise InputError("RLE counts: a run longer than any image")
@@ -232,22 +214,23 @@ def check_size(height, width):
 
 
 def decode_rle(rle):
-    """{"size": [H, W], "counts": str | bytes | list} -> bool (H, W). A broken one raises one of
-    sampler.PARSING_ERRORS."""
+    """{"size": [H, W], "counts": str | bytes | list} -> bool (H, W), or any of PARSING_ERRORS."""
     height, width = check_size(*rle["size"])
     counts = rle["counts"]
-    runs = uncompress(counts) if isinstance(counts, (str, bytes)) else np.array(counts)
+    counts = counts.encode() if isinstance(counts, str) else counts
+    runs = uncompress(counts) if isinstance(counts, bytes) else np.array(counts)
     # NOTE: each run is checked, as their sum may overflow and look right
     in_range = runs.dtype.kind == "i" and ((runs >= 0) & (runs <= height * width)).all()
     if not in_range or runs.sum() != height * width:
         raise InputError(f"RLE runs do not add up to its size {height} x {width}")
-    values = np.zeros(len(runs), dtype=bool)
-    values[1::2] = True
-    return np.repeat(values, runs).reshape(width, height).T
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
-def fill_polygon(corners, height, width):
-    """Polygon (N, 2) -> bool (H, W): the pixels whose centre lies inside, by the even-odd rule."""
+def fill_polygon(polygon, height, width):
+    """[x, y, x, y, ...] -> bool (H, W): the pixels with their centre inside, by even-odd rule."""
+    corners = np.reshape(polygon, (-1, 2)) * 1.0
+    if len(corners) < 3 or not (abs(corners) < 1e6).all():  # nor is nan
+        raise InputError("a polygon, expected three or more corners as [x, y, x, y, x, y, ...]")
     crossed = np.zeros((height, width + 1), dtype=bool)  # an edge lies left of the pixel's centre
     for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0)):
         low, high = sorted((y1, y2))
@@ -259,13 +242,10 @@ def fill_polygon(corners, height, width):
 
 
 def decode_segmentation(segmentation, height, width):
-    """COCO segmentation (one RLE, a list of RLEs, polygons) -> the union, bool (H, W).
-
-    An RLE says its own size; `height` and `width` are used for polygons only. A broken segmentation
-    raises one of sampler.PARSING_ERRORS.
-    """
+    """COCO segmentation (one RLE, a list of RLEs, polygons) -> the union, bool (H, W). An RLE has
+    its own size; `height` and `width` are for polygons. Errors: as decode_rle."""
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
-    if parts and isinstance(parts[0], (int, float)):
+    if isinstance(parts[0], (int, float)):
         parts = [parts]  # one polygon
     is_rle = isinstance(parts[0], dict)
     height, width = check_size(*(parts[0]["size"] if is_rle else (height, width)))
@@ -273,26 +253,21 @@ def decode_segmentation(segmentation, height, width):
         raise InputError(f"{len(parts)} masks of {width} x {height} pixels for one object")
     union = np.zeros((height, width), dtype=bool)
     for part in parts:
-        if not is_rle and (len(part) < 6 or not is_numbers(part, 2 * (len(part) // 2))):
-            raise InputError(f"{reprlib.repr(part)}, expected an RLE or [x, y, x, y, x, y, ...]")
-        mask = (
-            decode_rle(part) if is_rle else fill_polygon(np.reshape(part, (-1, 2)), height, width)
-        )
+        mask = decode_rle(part) if is_rle else fill_polygon(part, height, width)
         if mask.shape != union.shape:
             raise InputError(f"RLEs of sizes {union.shape} and {mask.shape}, expected one size")
         union |= mask  # NOTE: a sum compared with == 1 would drop overlaps
     return union
 
 
-def is_numbers(values, count):
-    """Whether this is a list of `count` numbers that can be coordinates."""
-    is_number = lambda v: type(v) in (int, float) and abs(v) < 1e6
-    return isinstance(values, list) and len(values) == count and all(map(is_number, values))
-
-
 # ------------------------------------------------------------------------- samples
 
 LIST_BAD = "; python data.py lists all bad records, --skip_bad leaves them out"
+MAX_CHARS = 2000  # of a phrase: some 500 tokens
+REF_ID = re.compile(r"[\w.+ -]{1,200}")  # eval.py names pictures after it
+# Not all that Pillow can read: for some formats it starts another program on the file.
+FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
+SUFFIX = re.compile(r"\.(bmp|gif|jp2|jpe?g|json|png|p[bgp]m|tiff?|webp)$", re.IGNORECASE)
 
 
 @contextmanager
@@ -311,10 +286,8 @@ def record_border(name, problems=None):
 
 @dataclass
 class Sample:
-    """One referring expression: an image, phrases that all mean the same object, and its mask.
-
-    `segmentation` is COCO's (see decode_segmentation) and `size` the mask's (H, W). Or it is the
-    Path of a mask file, which is opened when it is needed: 50,000 files would take minutes.
+    """One referring expression. `segmentation` is COCO's (see decode_segmentation), `size` its
+    (H, W). Or it is the Path of a mask file, opened at each use: 50,000 files would take minutes.
     """
 
     image_path: Path
@@ -350,11 +323,7 @@ class Sample:
         with record_border(self.name):
             image = open_image(self.image_path)
             height, width = self.size or open_mask(self.segmentation).shape
-        return image if image.size == (width, height) else image.resize((width, height))
-
-
-# Not all that Pillow can read: for some formats it starts another program on the file.
-FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
+            return image if image.size == (width, height) else image.resize((width, height))
 
 
 @contextmanager
@@ -363,24 +332,20 @@ def image_border(path):
     with warnings.catch_warnings(), error_border(f"cannot read {path}", "save it as PNG again"):
         warnings.simplefilter("ignore")  # odd metadata; 89 to 179 million pixels
         try:
-            image = Image.open(path, formats=FORMATS)
+            with Image.open(path, formats=FORMATS) as image:
+                yield image
         except Image.DecompressionBombError:
             limit = 2 * Image.MAX_IMAGE_PIXELS
             raise InputError(f"{path} has over {limit:,} pixels: cut it into tiles") from None
-        with image:
-            yield image
 
 
 def open_image(path, upright=False):
-    """Image file -> RGB PIL image. An alpha channel is dropped.
-
-    upright: follow the EXIF orientation. That is right for a photo, and wrong where a mask was
-    drawn on the stored pixels. Images of more than 8 bits are refused: Pillow would clip them.
-    """
+    """Image file -> RGB PIL image, without alpha. upright: follow the EXIF orientation. That is
+    right for a photo, and wrong where a mask was drawn on the stored pixels. Images of more than 8
+    bits are refused: Pillow would clip them."""
     with image_border(path) as image:
         if image.mode[0] in "IF":
-            command = f"gdal_translate -ot Byte -scale {path} out.png"
-            raise InputError(f"{path} has {image.mode} pixels, expected 8 bits: {command}")
+            raise InputError(f"{path}, expected 8 bits: gdal_translate -ot Byte -scale {path} OUT")
         if max(image.size) >= 200 * min(image.size):  # Qwen's processors refuse it
             raise InputError(f"{path} has {image.size} pixels, expected sides of 1 : 200 at most")
         return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
@@ -389,34 +354,28 @@ def open_image(path, upright=False):
 def open_mask(path):
     """Mask file -> bool (H, W): the pixels whose first channel, or palette index, is above 0."""
     with image_border(path) as image:
-        image.load()  # NOTE: np.asarray would take some errors of decoding for an object's array
-        values = np.asarray(image)  # (H, W) or (H, W, channels)
-    return (values[..., 0] if values.ndim == 3 else values) > 0
-
-
-MAX_CHARS = 2000  # of a phrase: some 500 tokens
-FILE_NAME = re.compile(r"[\w.+ -]{1,200}")
+        return np.asarray(image.split()[0]) > 0
 
 
 def add_sample(samples, path, phrases, class_name, ref_id, split, segmentation, **more):
     """Clean the texts of a record and append its Sample. more: size (H, W) of polygons, reasons."""
     to_list = lambda texts: [texts] if isinstance(texts, str) else list(texts or [])
     phrases, reasons = to_list(phrases), to_list(more.get("reasons"))
-    if not 0 < len(phrases) <= 100 or not FILE_NAME.fullmatch(str(ref_id)):  # a picture's name
+    if not 0 < len(phrases) <= 100 or not REF_ID.fullmatch(str(ref_id)):
         raise InputError(f"{len(phrases)} phrases, id {ref_id!r}: expected 1 to 100, a short name")
+    phrases = [clean_phrase(phrase) for phrase in phrases]
+    reasons = [reason for reason in map(plain_text, reasons) if reason]
+    class_name = plain_text(class_name)[:100].replace("_", " ") or "object"
     size = None
     if not isinstance(segmentation, Path):  # a mask file says its size when it is opened
         first = segmentation[0] if isinstance(segmentation, list) else segmentation
         size = check_size(*(first["size"] if isinstance(first, dict) else more["size"]))
-    texts, reasons = map(clean_phrase, phrases), filter(None, map(plain_text, reasons))
-    class_name = plain_text(class_name)[:100].replace("_", " ") or "object"
-    record = path, list(texts), class_name, ref_id, split, segmentation, size, list(reasons)
-    samples.append(Sample(*record))
+    samples.append(Sample(path, phrases, class_name, ref_id, split, segmentation, size, reasons))
 
 
 # ------------------------------------------------------------------------- readers
-# One for each layout: (folder, split, problems) -> samples. The record border around each record
-# catches what is wrong with it.
+# One for each layout: (split, problems, *paths) -> samples; LAYOUTS says which paths. The record
+# border around each record catches what is wrong with it.
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -438,12 +397,12 @@ def read_refs(path):
         return [dict(ref) for ref in PlainUnpickler(io.BytesIO(content)).load()]
 
 
-def read_refer(folder, split, problems):
+def read_refer(split, problems, path):
     """refs(unc).p says who is meant, instances.json where. Phrases are `raw`: in weakly labelled
     sets `sent` still has the accurate one. `bbox` is xywh in some sets and xyxy in others, so boxes
     come from masks."""
-    images, refs = folder.parent / "images" / folder.name / "JPEGImages", folder / "refs(unc).p"
-    refs, samples = read_refs(refs), []
+    folder, refs, samples = path.parent, read_refs(path), []
+    images = folder.parent / "images" / folder.name / "JPEGImages"
     with error_border(f"{folder} cannot be read", "expected instances.json and JPEGImages"):
         coco = json.loads((folder / "instances.json").read_bytes())
         annotations, rows, categories = (
@@ -472,9 +431,6 @@ def read_refer(folder, split, problems):
     return samples
 
 
-SUFFIX = re.compile(r"\.(bmp|gif|jp2|jpe?g|json|png|p[bgp]m|tiff?|webp)$", re.IGNORECASE)
-
-
 def files_in(folder):
     """{name without suffix: path}. A listing is one call, where asking for 50,000 names is slow on
     a network disk, and it holds nothing outside of the folder."""
@@ -486,59 +442,51 @@ def find_file(files, name, folder):
     """The file `name`, which may have another suffix or none."""
     path = files.get(SUFFIX.sub("", name))
     if path is None:
-        raise InputError(f"{reprlib.repr(name)} is missing in {folder}")
+        raise InputError(f"{name[:99]!r} is missing in {folder}")
     return path
 
 
-def read_lines(path):
-    """[(number, bytes)] of the lines that are not blank. Each is decoded later, so that a line in
-    another encoding is a bad record, not a bad file."""
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def read_earthreason(folder, split, problems):
+def read_earthreason(split, problems, texts, images, masks):
     """<split>/QAs/<id>.json asks questions about one mask, and gives reasons for it (`answer`)."""
-    places = [folder / split / kind for kind in ("images", "labels")]
-    images, masks = map(files_in, places)
-    samples = []
-    for ref_id, path in sorted(files_in(folder / split / "QAs").items()):
+    image_files, mask_files, samples = files_in(images), files_in(masks), []
+    for ref_id, path in sorted(files_in(texts).items()):
         with record_border(path, problems):
             content = json.loads(path.read_bytes())
             names = [content.get(key) for key in ("class_name", "class", "category")]
             name = next((name for name in names if isinstance(name, str)), "object")
-            image = find_file(images, ref_id, places[0])
+            image = find_file(image_files, ref_id, images)
             record = image, content["questions"], name, ref_id, split
             reasons = content.get("answers") or content.get("answer")
-            add_sample(samples, *record, find_file(masks, ref_id, places[1]), reasons=reasons)
+            add_sample(samples, *record, find_file(mask_files, ref_id, masks), reasons=reasons)
     return samples
 
 
-def read_phrases(folder, split, problems, images, masks):
+def read_phrases(split, problems, listing, images, masks):
     """Each line of output_phrase_<split>.txt is the name of an image and a phrase. ref_id is
     <name>_<line number>, which does not depend on the other lines."""
-    path, images, masks = folder / f"output_phrase_{split}.txt", folder / images, folder / masks
     image_files, mask_files, samples = files_in(images), files_in(masks), []
-    for number, line in read_lines(path):
-        with record_border(f"line {number} of {path}", problems):
-            name, phrase = [*line.decode().split(None, 1), "", ""][:2]
+    for number, line in enumerate(listing.read_bytes().splitlines(), 1):
+        with record_border(f"line {number} of {listing}", problems):
+            name, phrase = [*line.decode("utf-8-sig").split(None, 1), "", ""][:2]
+            if not name:
+                continue
             image = find_file(image_files, name, images)
             ref_id, mask = f"{image.stem}_{number}", find_file(mask_files, name, masks)
             add_sample(samples, image, phrase, "object", ref_id, split, mask)
     return samples
 
 
-def read_risors(folder, split, problems):
+def read_risors(split, problems, listing, images, annotations):
     """Each line of RISORS_<split>.txt is the name of an image. Annotations/<name>.json has its
     objects (and some of area 0, which are none). ref_id is <name>_<place in that list>."""
-    path, places = folder / f"RISORS_{split}.txt", (folder / "JPEGImages", folder / "Annotations")
-    images, tables = map(files_in, places)
-    samples = []
-    for number, line in read_lines(path):
-        with record_border(f"line {number} of {path}", problems):
-            name = line.decode().strip()
-            image = find_file(images, name, places[0])
-            table = json.loads(find_file(tables, name, places[1]).read_bytes())
+    image_files, tables, samples = files_in(images), files_in(annotations), []
+    for number, line in enumerate(listing.read_bytes().splitlines(), 1):
+        with record_border(f"line {number} of {listing}", problems):
+            name = line.decode("utf-8-sig").strip()
+            if not name:
+                continue
+            image = find_file(image_files, name, images)
+            table = json.loads(find_file(tables, name, annotations).read_bytes())
             for place, item in enumerate(table["annotations"]):
                 with record_border(f"annotation {place} of {name}", problems):
                     if item.get("area") == 0:
@@ -552,18 +500,13 @@ def read_risors(folder, split, problems):
 # ------------------------------------------------------------------------- finding and loading sets
 
 SPLITS = ("train", "val", "test")
-LAYOUTS = {  # name: (reader, what the folder holds, with {} for a split)
-    "refer": (read_refer, ("refs(unc).p",)),
-    "earthreason": (read_earthreason, ("{}/QAs",)),
-    "refsegrs": (
-        partial(read_phrases, images="images", masks="masks"),
-        ("output_phrase_{}.txt", "images", "masks"),
-    ),
-    "risbench": (
-        partial(read_phrases, images="img_rgb", masks="mask"),
-        ("output_phrase_{}.txt", "img_rgb", "mask"),
-    ),
-    "risors": (read_risors, ("RISORS_{}.txt", "JPEGImages", "Annotations")),
+# name: (reader, the paths that it reads, in the set's folder, with {} for a split)
+LAYOUTS = {
+    "refer": (read_refer, ["refs(unc).p"]),
+    "earthreason": (read_earthreason, ["{}/QAs", "{}/images", "{}/labels"]),
+    "refsegrs": (read_phrases, ["output_phrase_{}.txt", "images", "masks"]),
+    "risbench": (read_phrases, ["output_phrase_{}.txt", "img_rgb", "mask"]),
+    "risors": (read_risors, ["RISORS_{}.txt", "JPEGImages", "Annotations"]),
 }
 DEMOS = ("demo", "demo_reason")
 
@@ -614,22 +557,23 @@ def draw_demo(name, data_root):
 
 def draw_missing_demos(names, data_root):
     """Draw the demo sets among `names` that are missing: process 0, while the others wait."""
-    for name in (name for name in names if name in DEMOS):
-        if sampler.rank_and_world()[0] == 0 and set_key(name) not in (sets := find_sets(data_root)):
-            others = ", ".join(sorted(set(sets) - set(map(set_key, DEMOS))))
-            if others and list(names) == ["demo"]:  # it is the default of --option
+    demos = [name for name in names if name in DEMOS]
+    for name in demos if sampler.rank_and_world()[0] == 0 else []:
+        sets = find_sets(data_root)
+        others = ", ".join(sorted(set(sets) - set(map(set_key, DEMOS))))
+        if set_key(name) not in sets:
+            if others and names == ["demo"]:  # it is the default of --option
                 raise InputError(f"{data_root} holds {others}: name the set with --option")
             draw_demo(name, data_root)
-        if dist.is_initialized():
-            dist.barrier()
+    if demos and dist.is_initialized():
+        dist.barrier()
 
 
 def load_samples(option, data_root, split=None, problems=None):
     """All samples of `split` (None: of every split), in the order of sets and files.
 
-    option: the name of a set's folder, of a layout, or several with commas between (weights mean
-    nothing here). The demo sets are drawn where they are missing. InputError for a set or split
-    that is not there and for a bad record; with a list `problems`, bad records go there instead.
+    option: the name of a set's folder, of a layout, or several with commas between. InputError for
+    a set or split that is not there, and for a bad record; with a list `problems`, these go there.
     """
     names, samples = list(parse_option(option)), []
     draw_missing_demos(names, data_root)
@@ -639,27 +583,26 @@ def load_samples(option, data_root, split=None, problems=None):
             found = ", ".join(sorted(sets)) or "no set"
             raise InputError(f"--option {name}: no such set in --data_root {data_root} ({found})")
         folder, layout, splits = sets[set_key(name)]
-        read, unique, before = LAYOUTS[layout][0], {}, len(problems or [])
-        parts = [split] if layout == "refer" else [s for s in splits if split in (None, s)]
-        for sample in [sample for part in parts for sample in read(folder, part, problems)]:
-            with record_border(sample.name, problems):
-                if unique.setdefault((sample.split, sample.ref_id), sample) is not sample:
-                    raise InputError("its ref_id is used twice")
-                sample.option = name
+        (read, parts), unique, before = LAYOUTS[layout], {}, len(problems or [])
+        wanted = [split] if layout == "refer" else [s for s in splits if split in (None, s)]
+        for one in wanted:
+            for sample in read(one, problems, *(folder / part.format(one) for part in parts)):
+                with record_border(sample.name, problems):
+                    if unique.setdefault((sample.split, sample.ref_id), sample) is not sample:
+                        raise InputError("its ref_id is used twice")
+                    sample.option = name
         if not unique and len(problems or []) == before:
             if layout == "refer":
-                splits = sorted({sample.split for sample in read(folder, None, [])})
+                splits = sorted({sample.split for sample in read(None, [], folder / parts[0])})
             raise InputError(f"{folder} has no split {split!r} (it has {', '.join(splits)})")
         samples += unique.values()
     return samples
 
 
 def decode_all(samples, problems):
-    """(sample, its mask) of every sample whose mask and image can be decoded. For the others a line
-    goes to `problems`."""
-    for sample in tqdm(
-        samples, "decoding masks and images", disable=sampler.rank_and_world()[0] > 0
-    ):
+    """(sample, mask) of every sample that can be decoded; a line in `problems` for the others."""
+    is_silent = sampler.rank_and_world()[0] > 0
+    for sample in tqdm(samples, "decoding masks and images", disable=is_silent):
         try:
             mask, _ = sample.mask, sample.image()
         except InputError as error:
@@ -684,9 +627,8 @@ def load_valid(option, data_root, split, skip_bad):
 def load_for_training(args):
     """(samples of args.split that can be learned from, those of val or [] with --val_limit 0)."""
     samples, _ = load_valid(args.option, args.data_root, args.split, args.skip_bad)
-    trainable = samples
-    if args.prompts != "sam":  # the other prompts have no answer for an empty mask
-        trainable = [sample for sample in samples if sample.mask.any()]
+    # only the prompts "sam" have an answer for an empty mask
+    trainable = [sample for sample in samples if args.prompts == "sam" or sample.mask.any()]
     for name in parse_option(args.option):
         if not any(sample.option == name for sample in trainable):
             raise InputError(f"--option {name}: nothing to learn from in split {args.split!r}")
@@ -740,8 +682,7 @@ def clean_phrase(phrase):
 
 
 def coords_text(coords, frame):
-    """A box (4,), a point (2,) or points (N, 2) as [512,40,…]; in the frame (1, 1) with three
-    decimals. A box is at least one unit (1, or 0.001) wide and high."""
+    """A box (4,), a point (2,) or points (N, 2) as text. A box gets at least one unit per side."""
     is_decimal = tuple(frame) == (1, 1)
     steps = np.rint(np.multiply(coords, 1000 if is_decimal else 1)).astype(int)
     if steps.ndim > 1:
@@ -770,8 +711,7 @@ def point_prompt(phrase, points, frame=(1000, 1000), think=False):
 
 
 def sam_prompt(phrase, frame=(1000, 1000)):
-    """All in one question: phrase -> box and two points of each instance, which SAM takes as they
-    are. Source: Think2Seg-RS."""
+    """Both stages in one: phrase -> box and two points of each instance. Source: Think2Seg-RS."""
     return prompt_text(phrase, SAM_TASK, frame, think=True)
 
 
@@ -799,13 +739,6 @@ def sam_answer(instances, rationale, frame=(1000, 1000)):
     return answer_text(f"[{','.join(items)}]", rationale)
 
 
-PLACES = [
-    ["upper left", "top", "upper right"],
-    ["left", "middle", "right"],
-    ["lower left", "bottom", "lower right"],
-]
-
-
 def place_of(box, width, height):
     """Row and column (0-2) of the box's centre in a 3 x 3 division of the image."""
     x, y = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
@@ -813,8 +746,12 @@ def place_of(box, width, height):
 
 
 def place_words(row, col):
-    word = PLACES[row][col]
-    return f"{'at' if word in ('top', 'bottom') else 'in' if word == 'middle' else 'on'} the {word}"
+    places = [
+        ["on the upper left", "at the top", "on the upper right"],
+        ["on the left", "in the middle", "on the right"],
+        ["on the lower left", "at the bottom", "on the lower right"],
+    ]
+    return places[row][col]
 
 
 def box_scale(box, width, height):
@@ -842,22 +779,18 @@ def reasoning(sample, index, mask):
     return rationale(sample.class_name, mask_to_box(mask), *mask.shape[::-1])
 
 
-MAX_INSTANCES = 64  # of one answer: each is a mask that SAM decodes
-
-
 def true_instances(mask):
-    """[(box (4,), two points in it (2, 2))] in pixels, for every instance of the truth. Of more
-    than MAX_INSTANCES, the largest."""
+    """[(box (4,), two points in it (2, 2))] of the MAX_INSTANCES largest parts of a mask."""
     parts = connected_components(mask)
     largest = np.argsort([-part.sum() for part in parts], kind="stable")[:MAX_INSTANCES]
-    chosen = [parts[i] for i in sorted(largest)]
-    return [(mask_to_box(part), interior_points(part)) for part in chosen]
+    return [(mask_to_box(parts[i]), interior_points(parts[i])) for i in sorted(largest)]
 
 
 # ------------------------------------------------------------------------- answers
 # No parser raises, whatever the text. What cannot be read is None.
 
 MAX_ANSWER = 20_000  # characters
+MAX_INSTANCES = 64  # of one answer: each is a mask that SAM decodes
 FENCE = re.compile("```(?:json)?([^`]*)```")
 LABELS = re.compile(r"\s*\[\s*[01](?:\s*,\s*[01])*\s*\]\s*")
 
@@ -869,12 +802,18 @@ def answer_span(text):
     return (start + len("<answer>"), end) if start >= 0 and end >= 0 else None
 
 
-def parse_json(text):
+def parse_json(text, max_length=MAX_ANSWER):
     """What a JSON text holds; None for anything else."""
     try:
-        return json.loads(text) if len(text) <= MAX_ANSWER else None
+        return json.loads(text) if len(text) <= max_length else None
     except (ValueError, RecursionError):
         return None
+
+
+def is_numbers(values, count):
+    """Whether this is a list of `count` numbers that can be coordinates."""
+    is_number = lambda v: type(v) in (int, float) and abs(v) < 1e6
+    return isinstance(values, list) and len(values) == count and all(map(is_number, values))
 
 
 def is_box(box):
@@ -882,11 +821,9 @@ def is_box(box):
 
 
 def parse_boxes(text):
-    """A model's text -> list of boxes (x1, y1, x2, y2) in its frame, or None.
-
-    Accepts <answer>[…]</answer> around one box, a list of boxes, or Qwen's
-    [{"bbox_2d": […]}], the last two also in a ```json fence, with or without <answer>.
-    """
+    """A model's text -> list of boxes (x1, y1, x2, y2) in its frame, or None. The boxes are one
+    list, a list of lists or Qwen's [{"bbox_2d": […]}], in <answer>…</answer> or in a ```json fence,
+    or in both, or in none."""
     span = answer_span(text)
     body = text[slice(*span)] if span else text
     fence = FENCE.search(body)
@@ -900,12 +837,11 @@ def parse_boxes(text):
 
 
 def find_labels(text):
-    """(positions in `text`, values (N,)) of the labels in its last <answer>[0,1,…]</answer>, or
-    None."""
+    """(places in `text`, values (N,)) of the labels in its last <answer>[0,1,…]</answer>; None."""
     start, end = answer_span(text) or (0, 0)
     if end - start > MAX_ANSWER or not LABELS.fullmatch(text, start, end):
         return None
-    places = [match.start() for match in re.compile("[01]").finditer(text, start, end)]
+    places = [place for place in range(start, end) if text[place] in "01"]
     return places, [int(text[place]) for place in places]
 
 
@@ -923,11 +859,9 @@ class Instance(NamedTuple):
 
 
 def parse_instances(text):
-    """A model's text -> list of Instance, empty for [], or None.
-
-    Strict: the last <answer>…</answer> holds a JSON list of at most MAX_INSTANCES objects
-    {"bbox_2d", "positive_points"}, with two points each, and nothing else.
-    """
+    """A model's text -> list of Instance, empty for [], or None. Strict: the last <answer> holds a
+    JSON list of at most MAX_INSTANCES objects {"bbox_2d", "positive_points"}, with two points each,
+    and nothing else."""
     span = answer_span(text)
     items = parse_json(text[slice(*span)]) if span else None
     if not isinstance(items, list) or len(items) > MAX_INSTANCES:
@@ -937,9 +871,8 @@ def parse_instances(text):
         if not isinstance(item, dict) or set(item) != {"bbox_2d", "positive_points"}:
             return None
         box, points = item["bbox_2d"], item["positive_points"]
-        if not is_box(box) or not isinstance(points, list) or len(points) != 2:
-            return None
-        if not all(is_numbers(point, 2) for point in points):
+        are_two = isinstance(points, list) and len(points) == 2
+        if not is_box(box) or not are_two or not all(is_numbers(point, 2) for point in points):
             return None
         found.append(Instance(tuple(map(float, box)), [tuple(map(float, p)) for p in points]))
     return found
@@ -948,8 +881,7 @@ def parse_instances(text):
 def repair_instances(text):
     """What is legible in an answer that parse_instances refuses, for example one that was cut off:
     the boxes, each with the points that follow it. [] only where an empty list is written; None if
-    nothing is legible. SAM can use it, and json_reward gives nothing for it.
-    """
+    nothing is legible. SAM can use it, but the reward for valid JSON is 0."""
     span = answer_span(text)
     before, tag, body = text.rpartition("</think>" if "</think>" in text else "<answer>")
     if not span and not tag and "<think>" in text:
@@ -969,12 +901,11 @@ def repair_instances(text):
 def merge_duplicates(instances, max_iou=0.5):
     """The instances less those whose box has an IoU above `max_iou` with an earlier one that is
     kept. The truth goes through it too: ships moored side by side may have such boxes."""
-    iou = box_iou(*[[box for box, _ in instances]] * 2)
-    kept = []
-    for i in range(len(instances)):
-        if not (iou[i, kept] > max_iou).any():
-            kept.append(i)
-    return [instances[i] for i in kept]
+    from torchvision.ops import nms
+
+    boxes = np.reshape([box for box, _ in instances], (-1, 4)).astype(np.float64)
+    scores = -torch.arange(len(boxes), dtype=torch.float64)  # the earlier one is the better one
+    return [instances[i] for i in nms(torch.from_numpy(boxes), scores, max_iou)]
 
 
 class Answer(NamedTuple):
@@ -1001,21 +932,22 @@ def read_answer(text, task):
     if task == "point":
         labels = parse_labels(text)
         return Answer(np.zeros((0, 4)), [], labels, labels is not None)
+    is_repaired = False
     if task == "box":
         boxes = parse_boxes(text)
-        found, is_repaired = boxes and [Instance(box, []) for box in boxes], False
+        found = boxes and [Instance(box, []) for box in boxes]
     else:
         found = parse_instances(text)
-        is_repaired = found is None
-        found = repair_instances(text) if is_repaired else found
-        is_repaired = is_repaired and found is not None
+        if found is None:
+            found = repair_instances(text)
+            is_repaired = found is not None
         found = found and merge_duplicates(found)
     boxes = np.reshape([box for box, _ in found or []], (-1, 4))
     points = [np.reshape(points, (-1, 2)) for _, points in found or []]
     return Answer(boxes, points, None, found is not None, is_repaired)
 
 
-# ------------------------------------------------------------------------- what training asks
+# ------------------------------------------------------------------------- prompts for training
 
 
 class Prompt(NamedTuple):
@@ -1030,13 +962,12 @@ class Prompt(NamedTuple):
 
 
 class PromptDataset(Dataset):
-    """(pass, index, task) -> Prompt, for both stages of training.
+    """(pass through the samples, index, task) -> Prompt, for both stages of training.
 
-    A pass is one walk through all samples. task: "box", or "point" for the labels of a grid in the
-    true box, jittered, or in any object's (share `miss_ratio`). With --prompts sam, one prompt
-    takes the place of both. The share `think_ratio` asks for reasoning. frame_of(width, height):
-    see sampler.answer_frame. args: prompts, seed, think_ratio, miss_ratio, jitter. The key alone
+    task: "box", or "point" for the labels of a grid in the true box, jittered, or in any object's
+    (share `miss_ratio`). With --prompts sam, one prompt takes the place of both. The key alone
     seeds every draw, so a prompt does not depend on the process or data worker that makes it.
+    frame_of: (width, height) -> sampler.answer_frame.
     """
 
     def __init__(self, samples, frame_of, args):
@@ -1077,10 +1008,8 @@ class PromptDataset(Dataset):
 
 def mixture_counts(option, samples):
     """[(indices of a set's samples, how many of them an epoch draws)] for each set of `--option`.
-
     Without weights an epoch draws every sample once. With weights it draws as many in all, shared
-    out by weight. InputError if a set gets none.
-    """
+    out by weight."""
     sets = parse_option(option)
     if not any(sets.values()):
         return [(np.arange(len(samples)), len(samples))]
@@ -1094,13 +1023,12 @@ def mixture_counts(option, samples):
     return counts
 
 
-class PromptSampler:
+class PromptSampler(Iterator):
     """Endless keys of a PromptDataset: this process's next micro-batch, epoch after epoch.
 
     All processes draw the same shuffled epochs and take neighbouring slices of each global batch.
     The last batch of an epoch is filled up from its start. A micro-batch has one task: point
-    prompts are several times as long, and padding box prompts to their length would be wasted.
-    args: seed, batch_size, point_ratio. counts: see mixture_counts.
+    prompts are several times as long, and box prompts would be padded to their length.
     """
 
     def __init__(self, counts, args, rank=0, world=1):
@@ -1108,11 +1036,9 @@ class PromptSampler:
         self.set_epoch(0)
 
     def draw(self, epoch):
-        """What an epoch asks, before it is shuffled: (pass, index) (N, 2).
-
-        Each set continues where the last epoch left it, pass after pass. So all its samples come
-        equally often, and one that comes twice in an epoch gets another prompt.
-        """
+        """What an epoch asks, before it is shuffled: (pass, index) (N, 2). Each set continues where
+        the last epoch left it, pass after pass. So all its samples come equally often, and one that
+        comes twice in an epoch gets another prompt."""
         parts = []
         for number, (indices, draws) in enumerate(self.counts):
             passes, places = np.divmod(np.arange(epoch * draws, (epoch + 1) * draws), len(indices))
@@ -1136,9 +1062,6 @@ class PromptSampler:
         """Go on after so many micro-batches."""
         self.set_epoch(*divmod(batches, len(self.batches)))
 
-    def __iter__(self):
-        return self
-
     def __next__(self):
         if self.cursor == len(self.batches):
             self.set_epoch(self.epoch + 1)
@@ -1153,19 +1076,15 @@ class PromptSampler:
 
 def chat_texts(processor, prompts):
     """Prompt texts (B), each behind an image, in the model's chat template."""
-    chats = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-        for prompt in prompts
-    ]
+    content = lambda prompt: [{"type": "image"}, {"type": "text", "text": prompt}]
+    chats = [[{"role": "user", "content": content(prompt)}] for prompt in prompts]
     return processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
 
 
 def encode(processor, images, texts):
-    """Images (B) and chat texts (B) -> model inputs. Padding is on the left, so generation starts
-    at the same column in every row."""
-    batch = processor(
-        images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"
-    )
+    """Images (B), chat texts (B) -> model inputs, padded on the left, where generation needs it."""
+    padding = {"padding": True, "padding_side": "left"}
+    batch = processor(images=images, text=texts, return_tensors="pt", **padding)
     batch.pop("batch_num_images", None)  # LLaVA-OneVision: 1 each, which is its default
     if "mm_token_type_ids" not in batch:  # Qwen-VL models come with it: 1 on image tokens
         batch["mm_token_type_ids"] = (batch["input_ids"] == processor.image_token_id).long()
@@ -1173,11 +1092,9 @@ def encode(processor, images, texts):
 
 
 def collate(processor, images, prompts, answers=None):
-    """Images (B), prompt texts (B) and, for training, answer texts (B) -> model inputs.
-
-    With answers, `labels` is -100 everywhere but on the answer's tokens and its end-of-sequence
-    token. The answer is tokenised on its own, after the same prompt tokens that generation sees.
-    """
+    """Images (B), prompt texts (B) and, for training, answer texts (B) -> model inputs. `labels` is
+    -100 but on the answer's tokens and its end-of-sequence token. The answer is tokenised on its
+    own, after the same prompt tokens that generation sees."""
     batch = encode(processor, images, chat_texts(processor, prompts))
     if answers is None:
         return batch
@@ -1185,15 +1102,12 @@ def collate(processor, images, prompts, answers=None):
     rows, labels = [], []
     for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], answers, strict=True):
         target = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        prompt, target = ids[mask.bool()], torch.tensor(target)
-        rows.append(torch.cat([prompt, target]))
-        labels.append(torch.cat([torch.full_like(prompt, -100), target]))
-    longest = max(map(len, rows))
-    left_pad = lambda row, value: torch.nn.functional.pad(row, (longest - len(row), 0), value=value)
-    batch["input_ids"] = torch.stack([left_pad(row, tokenizer.pad_token_id) for row in rows])
-    batch["labels"] = torch.stack([left_pad(row, -100) for row in labels])
-    # NOTE: not `ids != pad`: where pad = eos, that would hide the end-of-sequence from the model
-    batch["attention_mask"] = torch.stack([left_pad(torch.ones_like(row), 0) for row in rows])
+        prompt = ids[mask.bool()].tolist()
+        rows.append(prompt + target)
+        labels.append(torch.tensor([-100] * len(prompt) + target))
+    # NOTE: an attention mask `ids != pad` would hide the end-of-sequence token where pad = eos
+    batch |= tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+    batch["labels"] = pad_sequence(labels, True, -100, padding_side="left")
     batch["mm_token_type_ids"] = (batch["input_ids"] == processor.image_token_id).int()
     return batch
 
@@ -1220,25 +1134,21 @@ def collate_text(processor, prompts):
 
 def read_jsonl(path):
     """The lines of a JSONL file, less one that was cut off when its process was killed."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = [parse_json(line, math.inf) for line in lines]
+    return [row for row in rows if row is not None]
 
 
 def checksum(samples):
     """Changes when the samples do: phrases, reasons, masks (those in files by name and size in
     bytes), names of images. Where they lie does not matter."""
-
-    def content(sample):
-        mask = sample.segmentation
+    rows = []
+    for s in samples:
+        mask = s.segmentation
         mask = (mask.name, mask.stat().st_size) if isinstance(mask, Path) else mask
-        return sample.ref_id, sample.phrases, sample.class_name, mask, sample.size, sample.reasons
-
-    return zlib.crc32(repr([(content(s), s.image_path.name) for s in samples]).encode())
+        content = s.ref_id, s.phrases, s.class_name, mask, s.size, s.reasons
+        rows.append((content, s.image_path.name))
+    return zlib.crc32(repr(rows).encode())
 
 
 def warn_about_prompts(path, prompts):
