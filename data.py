@@ -329,7 +329,10 @@ class Sample:
 @contextmanager
 def image_border(path):
     """An image file (FORMATS), opened. What goes wrong with it becomes one line."""
-    with warnings.catch_warnings(), error_border(f"cannot read {path}", "save it as PNG again"):
+    with (
+        warnings.catch_warnings(),
+        error_border(f"cannot read {path}", "check the path, or save it as PNG"),
+    ):
         warnings.simplefilter("ignore")  # odd metadata; 89 to 179 million pixels
         try:
             with Image.open(path, formats=FORMATS) as image:

@@ -1,15 +1,16 @@
 """How fast it is, side by side: every row times ours and the usual way in turn, in one run.
 
-    python tests/bench.py                       # all rows, about 15 minutes on two cores
+    python tests/bench.py                       # all rows, about 7 minutes on two cores
     python tests/bench.py rollout evaluation    # some, by name
+    python tests/bench.py --quick               # do all rows run, and do both sides agree?
     pip install trl peft pycocotools            # for the rows `grpo` and `rle`: left out without
 
-Absolute times depend on the machine and its mood, so what counts is the ratio: the median over
-repetitions of (theirs / ours), each pair taken right after one another. Before the clock starts
-both sides are checked to give the same, where they should. (`grpo` takes blocks of steps in turn,
-unchecked, and the ratio of their medians; `memory` one run of each, in a process of its own.) The
-model is assets/tiny_vlm with LoRA as grpo.py trains it; images are made larger where a row wants a
-longer prompt. `bar` is what a ratio should reach.
+What counts is the ratio: the median over repetitions of theirs / ours, taken right after one
+another. Before the clock starts both sides are checked to give the same, where they should. A row
+whose check fails is reported, the others go on, and the command ends with status 1. (`grpo` takes
+blocks of steps in turn, unchecked, and the ratio of their medians; `memory` one run of each, in a
+process of its own.) The model is assets/tiny_vlm with LoRA as grpo.py trains it; images are made
+larger where a row wants a longer prompt. `bar` is what a ratio should reach.
 """
 
 import argparse
@@ -22,7 +23,10 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -31,31 +35,42 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import grpo  # noqa: E402
-import sampler  # noqa: E402
-import sft  # noqa: E402
+import data
+import eval as evaluation
+import grpo
+import sampler
+import sft
 
 GROUP, TAU = 8, 0.9
 SIDES = {93: 128, 318: 272, 1053: 512}  # P: image side in pixels, 16 to a vision token
 
 
-def race(ours, theirs, repeats):
-    """Median seconds of both and the median ratio of neighbouring runs; one each to warm up."""
-    ours(), theirs()
-    times = []
-    for _ in range(repeats):
+class LeftOut(Exception):
+    """A row needs what is not there."""
+
+
+def check_close(ours, theirs, tolerance, what):
+    """AssertionError unless two numbers or arrays agree."""
+    ours, theirs = (np.asarray(side, dtype=np.float64) for side in (ours, theirs))
+    difference = np.abs(ours - theirs).max()
+    if not difference <= tolerance:  # nan is not, either
+        raise AssertionError(f"{what}: the two sides differ by {difference:.3g}")
+
+
+def race(args, ours, theirs, times=1):
+    """Median seconds of both and the median ratio of neighbouring runs."""
+    seconds = []
+    for _ in range(1 if args.quick else 1 + round(times * args.repeats)):
         start = time.perf_counter()
         ours()
         middle = time.perf_counter()
         theirs()
-        times.append((middle - start, time.perf_counter() - middle))
-    ratio = statistics.median(b / a for a, b in times)
-    mine, other = (statistics.median(column) for column in zip(*times))
+        seconds.append((middle - start, time.perf_counter() - middle))
+    seconds = seconds[1:] or seconds  # the first warms up
+    ratio = statistics.median(b / a for a, b in seconds)
+    mine, other = map(statistics.median, zip(*seconds))
     return {"ours": mine, "theirs": other, "ratio": ratio}
 
 
@@ -63,9 +78,32 @@ def policy(lora=True):
     """(model, processor) as grpo.py trains it."""
     model, processor = sampler.load_policy()
     if lora:
-        args = argparse.Namespace(lora_rank=64, lora_alpha=128, gradient_checkpointing=False)
-        sampler.make_trainable(model, args, dropout=0.0)
+        sampler.add_lora(model, rank=64, alpha=128, dropout=0.0).train()
     return model, processor
+
+
+def differentiate(model, forward):
+    """forward() and, as in training, its gradients."""
+    model.zero_grad()
+    value = forward()
+    value.sum().backward()
+    return value.detach()
+
+
+def generation_options(model, processor, max_new_tokens):
+    """For model.generate: what sampler.sample_group does by itself."""
+    tokenizer = processor.tokenizer
+    options = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    options["suppress_tokens"] = sampler.vision_token_ids(model, processor)
+    return {**options, "max_new_tokens": max_new_tokens}
+
+
+def draw_prompts(samples, task, think=0.0, miss=0.0, jitter=0.0):
+    """The data.Prompt of every sample."""
+    args = argparse.Namespace(prompts="points", seed=0, jitter=jitter)
+    args.think_ratio, args.miss_ratio = think, miss
+    dataset = data.PromptDataset(samples, lambda *_: (1000, 1000), args)
+    return [dataset[0, i, task] for i in range(len(samples))]
 
 
 def long_prompt(processor, length):
@@ -79,25 +117,24 @@ def long_prompt(processor, length):
     return prompt
 
 
-def check_close(a, b, tolerance, what):
-    difference = (a - b).abs().max().item()
-    if not difference <= tolerance:
-        raise SystemExit(f"{what}: the two sides differ by {difference}")
+def append(prompt, completions):
+    """Inputs of prompts (R, P) with completions (R, C) behind them."""
+    seen, text = torch.ones_like(completions), torch.zeros_like(completions)
+    more = {"input_ids": completions, "attention_mask": seen, "mm_token_type_ids": text}
+    return prompt | {key: torch.cat([prompt[key], value], 1) for key, value in more.items()}
 
 
 # ------------------------------------------------------------------------- rows: one group
 
+LENGTHS = ((318, 60), (1053, 150))  # P, C
+
 
 def padded_logps(model, prompt, completions):
-    """What published GRPO code does: G full rows, an image for each, logits everywhere."""
-    group, start = len(completions), prompt["input_ids"].shape[1]
-    wide = {key: value.repeat(group, *[1] * (value.dim() - 1)) for key, value in prompt.items()}
-    for key, behind in (
-        ("input_ids", completions),
-        ("attention_mask", torch.ones_like(completions)),
-        ("mm_token_type_ids", torch.zeros_like(completions)),
-    ):
-        wide[key] = torch.cat([wide[key], behind], 1)
+    """What published GRPO code does: G full rows for each of B prompts, an image for each row,
+    logits everywhere: (B*G, C)."""
+    batch, start = prompt["input_ids"].shape
+    rows = [b for b in range(batch) for _ in range(len(completions) // batch)]
+    wide = append(sampler.select_prompts(prompt, rows), completions)
     logits = model(**wide, use_cache=False).logits[:, :-1].float() / TAU
     return logits.log_softmax(-1).gather(2, wide["input_ids"][:, 1:, None])[:, start - 1 :, 0]
 
@@ -109,132 +146,113 @@ def scoring(length, completion):
     torch.manual_seed(0)
     completions = torch.randint(0, 380, (GROUP, completion))
     mask = torch.ones_like(completions, dtype=torch.bool)
-
-    def step(score):
-        model.zero_grad()
-        logps = score()
-        logps.sum().backward()
-        return logps.detach()
-
-    packed = lambda: sampler.completion_logps(model, prompt, completions, mask, TAU)
-    return lambda: step(packed), lambda: step(lambda: padded_logps(model, prompt, completions))
+    ours = lambda: sampler.completion_logps(model, prompt, completions, mask, TAU)
+    theirs = lambda: padded_logps(model, prompt, completions)
+    return lambda: differentiate(model, ours), lambda: differentiate(model, theirs)
 
 
-def score(repeats):
-    for length, completion in ((318, 60), (1053, 150)):
+def score(args):
+    for length, completion in LENGTHS[:1] if args.quick else LENGTHS:
         ours, theirs = scoring(length, completion)
         check_close(ours(), theirs(), 1e-3, "log-probs")
-        found = race(ours, theirs, 3 * repeats)
+        found = race(args, ours, theirs, 3)
         ideal = GROUP * (length + completion) / (length + GROUP * completion)
         note = f"{found['ratio'] / ideal:.2f} of the ratio of tokens, {ideal:.2f}"
         yield f"P={length} C={completion}", "padded batch of G rows", 4, found, note
 
 
-def memory_of(name):
-    """MB of this process: VmRSS, what it holds, or VmHWM, the most it ever held."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) / 1024
-
-
-def peak(side, length, completion, pipe):
-    """MB that one scoring with gradients adds to this process, which does nothing else."""
+def peak(side, length, completion):
+    """MB that one scoring with gradients adds to this process, which does nothing else: VmHWM, the
+    most that it ever held, less VmRSS, what it held before."""
+    kb = lambda name: int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     step = scoring(length, completion)[side]
-    before = memory_of("VmRSS")
+    before = kb("VmRSS")
     step()
-    pipe.send(memory_of("VmHWM") - before)
+    return (kb("VmHWM") - before) / 1024
 
 
-def memory(repeats):
+def memory(args):
     if sys.platform != "linux":
-        return print("memory: left out, as it reads /proc")
-    spawn, found = multiprocessing.get_context("spawn"), []
+        raise LeftOut("it reads /proc")
+    sizes, sides, spawn = LENGTHS[not args.quick], [], multiprocessing.get_context("spawn")
     for side in (0, 1):
-        mine, other = spawn.Pipe()
-        child = spawn.Process(target=peak, args=(side, 1053, 150, other))
-        child.start()
-        child.join()
-        if child.exitcode:
-            raise SystemExit(f"memory: a side ended with code {child.exitcode}")
-        found.append(mine.recv())
-    ratio = {"ours": found[0], "theirs": found[1], "ratio": found[1] / found[0], "unit": "MB"}
-    yield "P=1053 C=150", "padded batch of G rows", 2, ratio, "peak, less what was there before"
+        with ProcessPoolExecutor(1, spawn) as child:
+            sides.append(child.submit(peak, side, *sizes).result())
+    found = {"ours": sides[0], "theirs": sides[1], "ratio": sides[1] / sides[0], "unit": "MB"}
+    note = "peak, less what was there before"
+    yield "P={} C={}".format(*sizes), "padded batch of G rows", 2, found, note
 
 
-def rollout_cases():
+SAMPLING = {"num_return_sequences": GROUP, "do_sample": True, "temperature": TAU}
+SAMPLING |= {"top_k": 0, "top_p": 1.0}
+ROLLOUTS = ((True, 318, 60, 4, 1.5), (False, 318, 60, 4, 1))  # LoRA, P, C, key heads, bar
+ROLLOUTS += ((True, 93, 16, 4, 1), (True, 93, 60, 4, 1), (True, 93, 256, 4, 1))
+ROLLOUTS += ((False, 93, 256, 4, None), (False, 93, 256, 1, None))
+
+
+def rollout_cases(quick):
     """(what, bar, model, processor, prompt, C, whether answers may end)"""
-    for lora, length, completion, bar in (
-        (True, 318, 60, 1.5),
-        (False, 318, 60, 1),
-        (True, 93, 16, 1),
-        (True, 93, 60, 1),
-        (True, 93, 256, 1),
-        (False, 93, 256, None),
-    ):
+    for lora, length, completion, heads, bar in () if quick else ROLLOUTS:
         model, processor = policy(lora)
         name = f"P={length} C={completion}" + ("" if lora else ", no LoRA")
+        if heads == 1:
+            model.config.text_config.num_key_value_heads = 1
+            torch.manual_seed(0)
+            model, name = type(model)(model.config), f"{name}, 4 heads a key"
         yield name, bar, model, processor, long_prompt(processor, length), completion, False
-    config = policy(lora=False)[0].config
-    config.text_config.num_key_value_heads = 1
-    torch.manual_seed(0)
-    model = type(policy(lora=False)[0])(config)
-    name = "P=93 C=256, no LoRA, 4 heads a key"
-    yield name, None, model, processor, long_prompt(processor, 93), 256, False
     model, processor = policy()
     images = [Image.new("RGB", (128, 128), (20 * i, 90, 40)) for i in range(8)]
     phrases = ["a ship", "The red aircraft on the left", "the silo", "A large white house"] * 2
     prompts = [data.box_prompt(p, think=i % 2 == 0) for i, p in enumerate(phrases)]
     prompt = data.collate(processor, images, prompts)
-    yield "8 prompts, answers end", 1, model, processor, prompt, 112, True
+    yield "8 prompts, answers end", 1, model, processor, prompt, 16 if quick else 112, True
 
 
-def rollout(repeats):
-    for what, bar, model, processor, prompt, completion, ends in rollout_cases():
-        eos, start = processor.tokenizer.eos_token_id, prompt["input_ids"].shape[1]
+def check_up_to_ties(model, prompt, ours, theirs, pad):
+    """AssertionError unless greedy completions (R, C) are the same or, where a row first differs,
+    the model gives both tokens the same log-prob. From there on they may differ."""
+    both = pad_sequence([ours.T, theirs.T], padding_value=pad).permute(1, 2, 0)  # (2, R, C)
+    first = (both[0] != both[1]).int().argmax(1, keepdim=True)  # (R, 1)
+    with torch.inference_mode():
+        logps = [padded_logps(model, prompt, ids).gather(1, first) for ids in both]
+    check_close(*logps, 1e-2, "greedy completions: log-probs where they part")
+
+
+def rollout(args):
+    for what, bar, model, processor, prompt, completion, ends in rollout_cases(args.quick):
+        start, eos = prompt["input_ids"].shape[1], processor.tokenizer.eos_token_id
         never = lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([eos]), -1e4)
         if not ends:
             model.lm_head.register_forward_hook(never)
         model.eval()
+        ours = partial(sampler.sample_group, model, processor, prompt, GROUP, completion)
 
-        def ours(temperature=TAU):
-            return sampler.sample_group(model, processor, prompt, GROUP, completion, temperature)
+        @torch.inference_mode()
+        def theirs(**options):
+            options = (options or SAMPLING) | generation_options(model, processor, completion)
+            return model.generate(**prompt, **options)[:, start:]
 
-        def theirs(temperature=TAU):
-            with torch.inference_mode():
-                return model.generate(
-                    **prompt,
-                    num_return_sequences=GROUP,
-                    do_sample=True,
-                    temperature=temperature,
-                    top_k=0,
-                    top_p=1.0,
-                    max_new_tokens=completion,
-                    suppress_tokens=sampler.vision_tokens(model, processor),
-                    pad_token_id=processor.tokenizer.pad_token_id,
-                    eos_token_id=eos,
-                )[:, start:]
-
-        same = (ours(1e-5)[0] == theirs(1e-5)).float().mean()  # as good as greedy
-        check_close(same, torch.tensor(1.0), 0.02, "greedy completions")  # but for near ties
-        yield what, "model.generate(num_return_sequences=G)", bar, race(ours, theirs, repeats), ""
+        greedy = ours(0)[0], theirs(do_sample=False).repeat_interleave(GROUP, 0)
+        check_up_to_ties(model, prompt, *greedy, processor.tokenizer.pad_token_id)
+        found = race(args, partial(ours, TAU), theirs)
+        yield what, "model.generate(num_return_sequences=G)", bar, found, ""
 
 
 # ------------------------------------------------------------------------- row: a GRPO step
 
-STEPS, PROMPTS, LENGTH = 8, 16, 64
 
-
-def our_steps(folder, samples):
+def our_steps(folder, samples, steps, prompts, length):
     """Seconds of each GRPO step, and the mean length of its completions."""
     options = f"--model_path {sampler.TINY_VLM} --log_dir {folder}"
-    options += f" --max_step {STEPS} --batch_size {PROMPTS} --accumulate 1 --group {GROUP}"
-    options += f" --max_new_tokens {LENGTH} --point_ratio 0 --think_ratio 0.5 --lr 1e-9"
+    options += f" --max_step {steps} --batch_size {prompts} --accumulate 1 --group {GROUP}"
+    options += f" --max_new_tokens {length} --point_ratio 0 --think_ratio 0.5 --lr 1e-9"
     with mock.patch.object(data, "load_for_training", return_value=(samples, [])):
         grpo.main(grpo.get_args([*options.split(), "--val_limit", "0", "--no-merge"]))
     lines = [json.loads(line) for line in (folder / "grpo" / "train.jsonl").open()]
     return [line["seconds"] for line in lines], [line["length"] for line in lines]
 
 
-def trl_steps(folder, samples):
+def trl_steps(folder, samples, steps, prompts, length):
     """The same of TRL's GRPOTrainer: model, prompts, G, lengths, rewards, beta, LoRA."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -243,178 +261,142 @@ def trl_steps(folder, samples):
 
     model, processor = sampler.load_policy()
     processor.tokenizer.padding_side = "left"  # what it expects of a processor
-    args = argparse.Namespace(prompts="points", seed=0, think_ratio=0.5, miss_ratio=0.0, jitter=0.0)
-    questions = data.Questions(samples, lambda *_: (1000, 1000), args)
-    asked = [questions[0, index, "box"] for index in range(len(samples))]
+    asked = draw_prompts(samples, "box", think=0.5)
     rows = [
-        {"prompt": [{"role": "user", "content": prompt}], "image": image, "answer": answer}
-        for image, prompt, answer, *_ in asked
+        {"prompt": [{"role": "user", "content": prompt.text}], "image": prompt.image, "index": i}
+        for i, prompt in enumerate(asked)
     ]
+    read = lambda text: data.read_answer(text, "box")
     texts = lambda completions: [completion[0]["content"] for completion in completions]
 
-    def boxes(completions, answer, **_):
-        return [grpo.box_reward(*pair) for pair in zip(texts(completions), answer)]
+    def boxes(completions, index, **_):
+        pairs = zip(texts(completions), index)
+        return [grpo.box_reward(read(text), read(asked[i].answer)) for text, i in pairs]
 
-    def forms(completions, answer, **_):
-        return [grpo.format_reward(*pair) for pair in zip(texts(completions), answer)]
+    def forms(completions, index, **_):
+        return [grpo.format_reward(text, asked[i]) for text, i in zip(texts(completions), index)]
 
-    times, lengths = [], []
+    seconds = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            times.append(time.perf_counter() - self.start)
+            seconds.append(time.perf_counter() - self.start)
 
-        def on_log(self, args, state, control, logs=None, **_):
-            if "completions/mean_length" in logs:
-                lengths.append(logs["completions/mean_length"])
-
-    config = GRPOConfig(
-        output_dir=f"{folder}/trl",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=PROMPTS * GROUP,
-        gradient_accumulation_steps=1,
-        num_generations=GROUP,
-        max_completion_length=LENGTH,
-        temperature=TAU,
-        beta=0.04,
-        loss_type="grpo",
-        learning_rate=1e-9,
-        max_steps=STEPS,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    batch = {"per_device_train_batch_size": prompts * GROUP, "gradient_accumulation_steps": 1}
+    sampling = {"num_generations": GROUP, "max_completion_length": length, "temperature": TAU}
+    loss = {"beta": 0.04, "loss_type": "grpo", "learning_rate": 1e-9, "max_steps": steps}
+    cpu = {"output_dir": folder, "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    output = {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     targets = rf".*language_model.*\.({'|'.join(sampler.TARGETS)})"
-    lora = LoraConfig(r=64, lora_alpha=128, target_modules=targets)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=[boxes, forms],
-        args=config,
+        args=GRPOConfig(**batch, **sampling, **loss, **cpu, **output),
         train_dataset=Dataset.from_list(rows),
         processing_class=processor,
-        peft_config=lora,
+        peft_config=LoraConfig(r=64, lora_alpha=128, target_modules=targets),
         callbacks=[Clock()],
     )
     trainer.train()
-    return times, lengths
+    lengths = [line.get("completions/mean_length") for line in trainer.state.log_history]
+    return seconds, [length for length in lengths if length is not None]
 
 
-def grpo_step(repeats):
+def grpo_step(args):
     if not (importlib.util.find_spec("trl") and importlib.util.find_spec("peft")):
-        return print("grpo: left out, as TRL is not installed (pip install trl peft)")
-    ours, theirs = ([], []), ([], [])
+        raise LeftOut("TRL is not installed (pip install trl peft)")
+    steps, prompts, length = size = (2, 2, 16) if args.quick else (8, 16, 64)
+    samples = data.load_samples("demo", args.data_root, "train")[: steps * prompts]  # each once
+    seconds, lengths = ([], []), ([], [])
     with tempfile.TemporaryDirectory() as folder:
-        samples = data.load_samples("demo", folder, "train")[: STEPS * PROMPTS]  # each once
-        for _ in range(max(1, repeats // 2)):
-            for into, run in ((ours, our_steps), (theirs, trl_steps)):
+        for _ in range(1 if args.quick else max(1, args.repeats // 2)):
+            for side, run in enumerate((our_steps, trl_steps)):
                 with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
-                    seconds, lengths = run(Path(folder), samples)
-                into[0].extend(seconds[1:])  # the first step warms up
-                into[1].extend(lengths)
-    mine, other = statistics.median(ours[0]), statistics.median(theirs[0])
+                    took, tokens = run(Path(folder), samples, *size)
+                seconds[side].extend(took[1:])  # the first step warms up
+                lengths[side].extend(tokens)
+    mine, other = map(statistics.median, seconds)
     found = {"ours": mine, "theirs": other, "ratio": other / mine}
-    lengths = [statistics.mean(side[1]) for side in (ours, theirs)]
-    note = "{:.1f} and {:.1f} tokens per completion".format(*lengths)
-    yield f"{PROMPTS} x {GROUP}, LoRA", "TRL's GRPOTrainer", 3, found, note
+    note = "{:.1f} and {:.1f} tokens per completion".format(*map(statistics.mean, lengths))
+    yield f"{prompts} x {GROUP}, LoRA", "TRL's GRPOTrainer", 3, found, note
 
 
-# ------------------------------------------------------------------------- row: evaluation
+# ------------------------------------------------------------------------- rows: all others
 
 
+@torch.inference_mode()
 def published(model, processor, segmenter, todo, args):
     """The published flow, one phrase at a time: two generations, one more forward pass for the
-    labels' confidence, SAM's image encoder for every phrase. Rows as eval.summarize wants them."""
-    tokenizer, rows = processor.tokenizer, []
-    options = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
-    options |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    options["suppress_tokens"] = sampler.vision_tokens(model, processor)
-    answer = lambda ids: tokenizer.decode(ids[: -int(ids[-1] == tokenizer.eos_token_id) or None])
+    labels' confidence, SAM's image encoder for every phrase. Lines as evaluation.evaluate's."""
+    tokenizer, lines = processor.tokenizer, []
+    options = generation_options(model, processor, args.max_new_tokens)
+
+    def generate(image, prompt):
+        """(inputs, tokens (C,) of the answer, its text)"""
+        batch = data.collate(processor, [image], [prompt])
+        ids = model.generate(**batch, do_sample=False, **options)[0, batch["input_ids"].shape[1] :]
+        end = -int(ids[-1] == tokenizer.eos_token_id) or None
+        return batch, ids, tokenizer.decode(ids[:end])
+
     for sample, i in todo:
         image, truth, phrase = sample.image(), sample.mask, sample.phrases[i]
         frame = sampler.answer_frame(model, processor, *image.size)
-        prompt = data.box_prompt(phrase, frame, args.use_think)
-        batch = data.collate(processor, [image], [prompt])
-        ids = model.generate(**batch, **options)[0, batch["input_ids"].shape[1] :]
-        boxes = np.reshape(data.parse_boxes(answer(ids)) or [], (-1, 4))[:1]
+        *_, text = generate(image, data.box_prompt(phrase, frame, args.use_think))
+        boxes = np.reshape(data.parse_boxes(text) or [], (-1, 4))[:1]
         boxes = data.rescale(boxes, frame, image.size).clip(0, [*image.size, *image.size])
-        mask, labels, points = np.zeros(truth.shape, bool), None, np.zeros((0, 2))
+        found = evaluation.Prediction(text, boxes, [], is_readable=bool(len(boxes)))
+        mask, sam_score = np.zeros(truth.shape, bool), 0.0
         if len(boxes):
             points = sampler.grid_points(boxes[0], *image.size)
             shown = data.rescale(points, image.size, frame)
             prompt = data.point_prompt(phrase, shown, frame, args.use_think)
-            batch = data.collate(processor, [image], [prompt])
-            start = batch["input_ids"].shape[1]
-            ids = model.generate(**batch, **options)
-            text = answer(ids[0, start:])
-            labels = data.parse_labels(text)
-            more = torch.zeros_like(ids[:, start:])
-            logits = model(
-                input_ids=ids,
-                attention_mask=torch.cat([batch["attention_mask"], more + 1], 1),
-                mm_token_type_ids=torch.cat([batch["mm_token_type_ids"], more], 1),
-                pixel_values=batch["pixel_values"],
-                image_grid_thw=batch["image_grid_thw"],
-            ).logits[0, start - 1 : -1]
-            probs = logits.softmax(-1).gather(1, ids[0, start:, None])[:, 0]
-            written = [tokenizer.decode(token) for token in ids[0, start:]]
+            batch, ids, text = generate(image, prompt)
+            found.points, found.labels = [points], data.parse_labels(text)
+            logits = model(**append(batch, ids[None])).logits[0, -len(ids) - 1 : -1]
+            probs = logits.softmax(-1).gather(1, ids[:, None])[:, 0]
+            written = [tokenizer.decode(token) for token in ids]
             where = written.index("<answer>") if "<answer>" in written else 0
             sure = [p for p, w in zip(probs[where:], written[where:]) if w in ("0", "1")]
-            keep = np.zeros(len(points), bool)
-            if labels and len(labels) == len(points) == len(sure):
-                keep = sampler.confident(sure, args.theta)
+            kept = None, None  # SAM gets the box alone
+            if found.labels and len(found.labels) == len(points) == len(sure):
+                keep = sampler.is_confident(sure, args.theta)
+                kept = (points[keep], np.array(found.labels)[keep]) if keep.any() else kept
             segmenter.predictor.set_image(np.asarray(image))
-            masks, _, _ = segmenter.predictor.predict(
-                points[keep] if keep.any() else None,
-                np.array(labels)[keep] if keep.any() else None,
-                boxes[0],
-                multimask_output=False,
-            )
-            mask = masks[0]
-        inter, union, iou = data.mask_iou(mask, truth)
-        row = {"inter": inter, "union": union, "iou": iou, "failed": not len(boxes)}
-        row["box_iou"] = evaluation.box_score(boxes, data.mask_to_box(truth))
-        row["point_acc"] = evaluation.point_score(labels, points, truth)
-        rows.append(row)
-    return rows
+            answer = segmenter.predictor.predict(*kept, boxes[0], multimask_output=False)
+            (mask,), (sam_score,), _ = answer
+        lines.append(evaluation.score(found, sample, i, truth, mask, float(sam_score), args))
+    return lines
 
 
-def evaluate(repeats):
+def evaluate(args):
     model, processor = sampler.load_policy()
     segmenter = sampler.Segmenter()
-    with tempfile.TemporaryDirectory() as folder:
-        samples = data.load_samples("demo", folder, "test")
-        todo = evaluation.share_out(samples, {}, 0, 1)[:100]
-        for think in (False, True):
-            args = evaluation.get_args(["--use_think", str(think)])
-            batches = [todo[i : i + args.batch_size] for i in range(0, 100, args.batch_size)]
+    samples = data.load_samples("demo", args.data_root, "test")
+    todo = evaluation.share_out(samples, {}, 0, 1)[: 4 if args.quick else 100]
+    for name in ("no think",) if args.quick else ("no think", "think"):
+        options = evaluation.get_args(["--use_think", str(name == "think")])
+        starts = range(0, len(todo), options.batch_size)
+        batches = [todo[i : i + options.batch_size] for i in starts]
 
-            def ours():
-                segmenter.cache.clear()
-                parts = (evaluation.evaluate(model, processor, segmenter, b, args) for b in batches)
-                return [row for part in parts for row in part]
+        def ours():
+            segmenter.cache.clear()
+            parts = (evaluation.evaluate(model, processor, segmenter, b, options) for b in batches)
+            return [line for part in parts for line in part]
 
-            @torch.inference_mode()
-            def theirs():
-                return published(model, processor, segmenter, todo, args)
-
-            mine, other = evaluation.summarize(ours()), evaluation.summarize(theirs())
-            for key in mine:
-                check_close(torch.tensor(mine[key]), torch.tensor(other[key]), 1e-6, key)
-            found = race(ours, theirs, max(2, repeats // 2))
-            name = f"100 refs, {'think' if think else 'no think'}"
-            yield name, "published flow, batch 1", 6, found, f"mIoU {mine['miou']:.3f} in both"
+        theirs = partial(published, model, processor, segmenter, todo, options)
+        mine, other = evaluation.summarize(ours()), evaluation.summarize(theirs())
+        for key in mine:
+            if mine[key] is not None or other[key] is not None:  # None: there is no such phrase
+                check_close(mine[key], other[key], 1e-6, key)
+        found = race(args, ours, theirs, 2 / 3)
+        note = f"mIoU {mine['miou']:.3f} in both"
+        yield f"{len(todo)} refs, {name}", "published flow, batch 1", 6, found, note
 
 
-# ------------------------------------------------------------------------- rows: SAM, RLE, SFT
-
-
-def sam(repeats):
+def sam(args):
     segmenter, rng, k = sampler.Segmenter(), np.random.default_rng(0), 8
     image = Image.fromarray(rng.integers(0, 255, (128, 128, 3), np.uint8))
     corners = rng.uniform(0, 60, (k, 2))
@@ -426,60 +408,45 @@ def sam(repeats):
         segmenter.set_image(image)
         return [mask for mask, _ in segmenter.segment(list(zip(boxes, grids, labels)))]
 
-    def theirs():
-        masks = []
-        for box, points, label in zip(boxes, grids, labels):
-            segmenter.predictor.set_image(np.asarray(image))
-            found = segmenter.predictor.predict(points, label, box, multimask_output=False)
-            masks.append(found[0][0])
-        return masks
+    def segment_one(box, points, label):
+        segmenter.predictor.set_image(np.asarray(image))
+        return segmenter.predictor.predict(points, label, box, multimask_output=False)[0][0]
 
-    agree = torch.tensor([(a == b).mean() for a, b in zip(ours(), theirs())])
-    check_close(agree, torch.ones(k, dtype=agree.dtype), 1e-3, "masks")
-    found = race(ours, theirs, 4 * repeats)
+    theirs = lambda: list(map(segment_one, boxes, grids, labels))
+    check_close([(a == b).mean() for a, b in zip(ours(), theirs())], np.ones(k), 1e-3, "masks")
+    found = race(args, ours, theirs, 4)
     yield f"k={k} prompts, one image", "set_image and predict for each", 5, found, ""
 
 
-def rle(repeats):
+def rle(args):
     if not importlib.util.find_spec("pycocotools"):
-        return print("rle: left out, as pycocotools is not installed")
+        raise LeftOut("pycocotools is not installed")
     from pycocotools import mask as coco
 
     y, x = np.mgrid[:800, :800]
-    shapes = {
-        "disc": (x - 400) ** 2 + (y - 300) ** 2 < 150**2,
-        "40 discs": ((x % 126 - 60) ** 2 + (y % 160 - 80) ** 2) < 45**2,
-    }
-    for name, mask in shapes.items():
+    one = (x - 400) ** 2 + (y - 300) ** 2 < 150**2
+    many = (x % 126 - 60) ** 2 + (y % 160 - 80) ** 2 < 45**2
+    for name, mask in (("disc", one), ("40 discs", many)):
         encoded = data.encode_rle(mask)
         binary = {"size": encoded["size"], "counts": encoded["counts"].encode()}
-        if not (data.decode_rle(encoded) == coco.decode(binary).astype(bool)).all():
-            raise SystemExit("decoded masks differ")
+        check_close(data.decode_rle(encoded), coco.decode(binary), 0, "decoded masks")
         twenty = lambda decode, rle: [decode(rle) for _ in range(20)]
         ours, theirs = lambda: twenty(data.decode_rle, encoded), lambda: twenty(coco.decode, binary)
-        found = race(ours, theirs, 4 * repeats)
+        found = race(args, ours, theirs, 4)
         found["ours"], found["theirs"] = found["ours"] / 20, found["theirs"] / 20
         yield f"decode, 800 x 800, {name}", "pycocotools", 0.5, found, ""
 
 
-def sft_step(repeats, count=12, each=3):
+def sft_step(args, each=3):
     """What packing the phrases of an image behind it would give SFT (sft.py does not)."""
     model, processor = policy()
-    in_image = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for sample in data.load_samples("demo", folder, "train"):
-            in_image.setdefault(sample.image_path, []).append(sample)
-        groups = [group[:each] for group in in_image.values() if len(group) >= each][:count]
-        args = argparse.Namespace(
-            prompts="points", seed=0, think_ratio=0.0, miss_ratio=0.15, jitter=0.1
-        )
-        samples = [sample for group in groups for sample in group]
-        questions = data.Questions(samples, lambda *_: (1000, 1000), args)
-        asked = {
-            task: [questions[0, i, task] for i in range(count * each)] for task in ("box", "point")
-        }
-    for task, some in asked.items():
-        images, prompts, answers, *_ = zip(*some)
+    in_image, count = {}, 2 if args.quick else 12
+    for sample in data.load_samples("demo", args.data_root, "train"):
+        in_image.setdefault(sample.image_path, []).append(sample)
+    groups = [group[:each] for group in in_image.values() if len(group) >= each][:count]
+    samples = [sample for group in groups for sample in group]
+    for task in ("box",) if args.quick else ("box", "point"):
+        images, prompts, answers, *_ = zip(*draw_prompts(samples, task, miss=0.15, jitter=0.1))
         whole = data.collate(processor, images, prompts, answers)
         first = data.collate_images(processor, images[::each])
         texts = data.collate_text(processor, prompts)
@@ -489,61 +456,65 @@ def sft_step(repeats, count=12, each=3):
             pieces.append(torch.cat([ids[seen], torch.tensor(target)]))
             wanted.append(torch.arange(len(pieces[-1])) >= seen.sum())
         ids, mask = (pad_sequence(rows, batch_first=True) for rows in (pieces, wanted))
-
-        def step(loss):
-            model.zero_grad()
-            value = loss()
-            value.backward()
-            return value.detach()
-
-        shared = lambda: step(lambda: -sampler.completion_logps(model, first, ids, mask).sum())
-        plain = lambda: step(lambda: sft.answer_loss(model, dict(whole))[0])
-        check_close(shared() / mask.sum(), plain() / mask.sum(), 1e-4, "losses")
-        found = race(shared, plain, repeats)
-        note = f"{each} phrases to an image, {count} images"
+        shared = lambda: -sampler.completion_logps(model, first, ids, mask).sum()
+        plain = lambda: sft.answer_loss(model, dict(whole))[0]
+        ours, theirs = lambda: differentiate(model, shared), lambda: differentiate(model, plain)
+        check_close(ours() / mask.sum(), theirs() / mask.sum(), 1e-4, "losses")
+        found = race(args, ours, theirs)
+        note = f"{each} phrases to an image, {len(groups)} images"
         yield f"{task}: image shared by its phrases", "a row for each phrase", None, found, note
 
 
 # ------------------------------------------------------------------------- main
 
-ROWS = {
-    "score": score,
-    "memory": memory,
-    "rollout": rollout,
-    "grpo": grpo_step,
-    "evaluation": evaluate,
-    "sam": sam,
-    "rle": rle,
-    "sft": sft_step,
-}
+ROWS = {"score": score, "memory": memory, "rollout": rollout, "grpo": grpo_step}
+ROWS |= {"evaluation": evaluate, "sam": sam, "rle": rle, "sft": sft_step}
+TABLE = "{:<11} {:<36} {:<38} {:>9} {:>9} {:>6} {:>4}  {}"
 
 
-def main():
+def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("rows", nargs="*", default=[], help=f"of {', '.join(ROWS)}; all if none")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs in a row, at least")
-    parser.add_argument("--json", default="runs/bench.json", help="where the figures go")
-    args = parser.parse_args()
-    unknown = set(args.rows) - set(ROWS)
-    if unknown or args.repeats < 1:
-        parser.error(f"no row {sorted(unknown)}, or --repeats below 1")
-    lines = []
-    table = "{:<11} {:<36} {:<38} {:>9} {:>9} {:>6} {:>4}  {}"
-    print(table.format("row", "what", "against", "ours", "theirs", "ratio", "bar", ""))
-    for row in args.rows or ROWS:
-        for what, against, bar, found, note in ROWS[row](args.repeats) or ():
-            lines.append({"row": row, "what": what, "against": against, "bar": bar})
-            lines[-1] |= {**found, "note": note}
-            unit = found.get("unit", "s")
+    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    add("rows", nargs="*", default=[], help=f"of {', '.join(ROWS)}; all if none")
+    add("--repeats", type=sampler.number(int, 1), default=3, help="pairs of runs, at least")
+    add("--quick", action=on_off, default=False, help="every row in a short form, as a test")
+    add("--data_root", default="demo_data", help="folder that holds the demo set")
+    add("--json", default="runs/bench.json", help="where the figures go")
+    args = parser.parse_args(argv)
+    if unknown := set(args.rows) - set(ROWS):
+        parser.error(f"no row {', '.join(sorted(unknown))}: expected some of {', '.join(ROWS)}")
+    return args
+
+
+def measure(row, args):
+    """Run a row and print it: one dict per line, or one that says why there is none."""
+    try:
+        for what, against, bar, found, note in ROWS[row](args):
+            unit, shown = found.get("unit", "s"), "" if bar is None else f"{bar:g}"
             times = [f"{found[side]:.3g} {unit}" for side in ("ours", "theirs")]
-            bar = "" if bar is None else f"{bar:g}"
-            print(table.format(row, what, against, *times, f"{found['ratio']:.2f}", bar, note))
-    path = Path(args.json)
+            print(TABLE.format(row, what, against, *times, f"{found['ratio']:.2f}", shown, note))
+            yield {"row": row, "what": what, "against": against, "bar": bar, **found, "note": note}
+    except LeftOut as reason:
+        print(f"{row:<11} left out: {reason}")
+        yield {"row": row, "left_out": str(reason)}
+    except Exception as error:  # whatever it is, the other rows go on
+        traceback.print_exc()
+        print(f"{row:<11} failed: {type(error).__name__}: {error}")
+        yield {"row": row, "failed": f"{type(error).__name__}: {error}"}
+
+
+def main(args):
+    """The exit status: 1 if a row has failed."""
+    print(TABLE.format("row", "what", "against", "ours", "theirs", "ratio", "bar", ""))
+    lines, path = [], Path(args.json)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(lines, indent=2))
+    for row in args.rows or ROWS:
+        lines += measure(row, args)
+        path.write_text(json.dumps(lines, indent=2))
     threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{os.cpu_count()} cores, {threads}; written: {path}")
+    return int(any("failed" in line for line in lines))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(get_args()))

@@ -5,17 +5,23 @@ import struct
 import subprocess
 import sys
 import time
+import timeit
 import zlib
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+import ref_server
+import sampler
+from assets import make_demo
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real data and weights; tests that need them skip without
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
 TINY = str(ROOT / "assets" / "tiny_vlm")
 
 
@@ -39,12 +45,7 @@ def timeless(lines):
 
 def fastest(call, *args):
     """CPU seconds that call(*args) takes, the best of five."""
-    seconds = []
-    for _ in range(5):
-        start = time.process_time()
-        call(*args)
-        seconds.append(time.process_time() - start)
-    return min(seconds)
+    return min(timeit.repeat(lambda: call(*args), timer=time.process_time, number=1, repeat=5))
 
 
 def write_header_bomb(path, color_type):
@@ -56,24 +57,17 @@ def write_header_bomb(path, color_type):
 
 def serve(*options, **environment):
     """(process, port) of a reference server of the tiny model that listens."""
-    from ref_server import child_port
-
     command = [sys.executable, str(ROOT / "ref_server.py"), "--model_path", TINY, "--port", "0"]
-    process = subprocess.Popen(
-        [*command, *options],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    return process, child_port(process)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    environment = {**os.environ, **environment}
+    process = subprocess.Popen([*command, *options], text=True, env=environment, **pipes)
+    return process, ref_server.child_port(process)
 
 
 @pytest.fixture(scope="session")
 def port():
     """Of a reference server for all tests."""
-    process, port = serve("--timeout", "2", "--max_mb", "4")
+    process, port = serve("--max_mb", "4")
     yield port
     process.terminate()
     assert process.wait(20) == 0
@@ -82,35 +76,25 @@ def port():
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory):
     """--data_root of a demo set with a handful of images."""
-    from assets.make_demo import make_demo
-
     root = tmp_path_factory.mktemp("data")
-    make_demo(root, counts={"train": 12, "val": 3, "test": 5})
+    make_demo.make_demo(root, counts={"train": 12, "val": 3, "test": 5})
     return root
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """(model, processor) of assets/tiny_vlm. Not to be changed by a test."""
-    import sampler
-
     return sampler.load_policy()
 
 
 @pytest.fixture(scope="session")
 def scene():
     """(image, objects) of a demo scene."""
-    import numpy as np
-
-    from assets.make_demo import draw_scene
-
-    return draw_scene(np.random.default_rng(4), 4)
+    return make_demo.draw_scene(np.random.default_rng(4), 4)
 
 
 @pytest.fixture(scope="session")
 def segmenter():
-    import sampler
-
     return sampler.Segmenter()
 
 

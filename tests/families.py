@@ -1,12 +1,14 @@
 """Small models of every family, randomly initialised, with processors of their own: no downloads.
 
-The tokenizer is that of assets/tiny_vlm with the family's special tokens added.
+The tokenizer is that of assets/tiny_vlm, with the family's special tokens added.
 """
 
 import torch
 import transformers as hf
 from conftest import TINY
 from tokenizers.processors import TemplateProcessing
+
+from assets.make_tiny import CHAT_TEMPLATE
 
 QWEN = ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"]
 TILED = ["InternVL", "Llava", "LlavaNext", "LlavaOnevision"]
@@ -19,87 +21,69 @@ CHATML = "{{% for message in messages %}}<|im_start|>{{{{ message.role }}}}\n" +
 CHATML += "<|im_end|>\n{{% endfor %}}<|im_start|>assistant\n"
 VICUNA = "{{% for message in messages %}}USER: " + PART + "{{% endfor %}} ASSISTANT:"
 
+SMALL = {"hidden_size": 32, "intermediate_size": 64}  # a vision tower
+
 
 def small_policy(kind, tokenizer=None):
     """(model, processor) of a family; tokenizer: for Qwen-VL, any with its special tokens."""
     if kind in QWEN:
-        return small_qwen(kind, tokenizer or hf.AutoTokenizer.from_pretrained(TINY))
-    return small_tiled(kind)
+        processor = qwen_processor(kind, tokenizer or hf.AutoTokenizer.from_pretrained(TINY))
+        text, vision, more = qwen_config(kind, processor)
+    else:
+        processor = tiled_processor(kind)
+        text, vision, more = tiled_config(kind, processor)
+    config = getattr(hf, f"{kind}Config")(text_config=text, vision_config=vision, **more)
+    torch.manual_seed(0)
+    return getattr(hf, f"{kind}ForConditionalGeneration")(config).eval(), processor
 
 
-def saved_policy(kind, folder):
+def saved_policy(kind, folder, tokenizer=None):
     """`folder`, with a small policy in it."""
-    for part in small_policy(kind):
+    for part in small_policy(kind, tokenizer):
         part.save_pretrained(folder)
     return str(folder)
 
 
-def qwen_processor(kind, tokenizer):
-    """The processor class of a Qwen-VL family around any tokenizer with its special tokens."""
-    from assets.make_tiny import CHAT_TEMPLATE
-
-    patch = 16 if kind == "Qwen3VL" else 14
-    images = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
-    size = {"size": {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}}
-    video = hf.Qwen3VLVideoProcessor if kind == "Qwen3VL" else hf.Qwen2VLVideoProcessor
-    name = {
-        "Qwen2VL": "Qwen2VLProcessor",
-        "Qwen2_5_VL": "Qwen2_5_VLProcessor",
-        "Qwen3VL": "Qwen3VLProcessor",
-    }
-    image_processor = hf.Qwen2VLImageProcessor(**images, **size)
-    return getattr(hf, name[kind])(
-        image_processor, tokenizer, video(**images), chat_template=CHAT_TEMPLATE
-    )
-
-
-def text_config(tokenizer, kind="qwen2", **more):
+def text_config(tokenizer, **more):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    size = max(len(tokenizer), 1000)
-    return {"model_type": kind, "vocab_size": size, **sizes, **heads, **ends, **more}
+    return {"vocab_size": max(len(tokenizer), 1000), **sizes, **heads, **ends, **more}
 
 
-def small_qwen(kind, tokenizer):
-    """A randomly initialised Qwen-VL of small width: (model, processor)."""
-    processor = qwen_processor(kind, tokenizer)
-    ids = tokenizer.convert_tokens_to_ids
-    text = {
-        "vocab_size": max(len(tokenizer), 1000),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-    }
+def qwen_processor(kind, tokenizer):
+    patch = 16 if kind == "Qwen3VL" else 14
+    images = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
+    size = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
+    video = hf.Qwen3VLVideoProcessor if kind == "Qwen3VL" else hf.Qwen2VLVideoProcessor
+    parts = hf.Qwen2VLImageProcessor(**images, size=size), tokenizer, video(**images)
+    return getattr(hf, f"{kind}Processor")(*parts, chat_template=CHAT_TEMPLATE)
+
+
+def qwen_config(kind, processor):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     vision = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
     vision |= {
         "Qwen2VL": {"embed_dim": 32, "hidden_size": 64, "patch_size": 14, "mlp_ratio": 2},
-        "Qwen2_5_VL": {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
+        "Qwen2_5_VL": {**SMALL, "out_hidden_size": 64}
         | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
-        "Qwen3VL": {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
+        "Qwen3VL": {**SMALL, "out_hidden_size": 64}
         | {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
     }[kind]
+    ids = processor.tokenizer.convert_tokens_to_ids
     tokens = {f"{n}_token_id": ids(f"<|{n}|>") for n in ("vision_start", "vision_end")}
     tokens |= {f"{n}_token_id": ids(f"<|{n}_pad|>") for n in ("image", "video")}
-    config = getattr(hf, f"{kind}Config")(text_config=text, vision_config=vision, **tokens)
-    torch.manual_seed(0)
-    return getattr(hf, f"{kind}ForConditionalGeneration")(config).eval(), processor
+    return text_config(processor.tokenizer, rope_parameters=rope), vision, tokens
 
 
 def tiled_processor(kind):
     """The processor of a family that cuts images into tiles of SIDE pixels; LLaVA-1.5's as it is
     published: it cuts off what is not in the middle square."""
-    names = {"image_token": "<image>", "video_token": "<video>"}
-    if kind == "InternVL":
-        names |= {"start_image_token": "<img>", "end_image_token": "</img>"}
-        names |= {"context_image_token": "<IMG_CONTEXT>"}
-        names.pop("image_token")
-    if kind in ("Llava", "LlavaNext"):
-        names.pop("video_token")
+    names = {
+        "InternVL": {"start_image_token": "<img>", "end_image_token": "</img>"}
+        | {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"},
+        "LlavaOnevision": {"image_token": "<image>", "video_token": "<video>"},
+    }.get(kind, {"image_token": "<image>"})
     tokenizer = hf.AutoTokenizer.from_pretrained(TINY, extra_special_tokens=names)
     square = {"height": SIDE, "width": SIDE}
     if kind == "InternVL":
@@ -128,28 +112,21 @@ def tiled_processor(kind):
     return hf.LlavaNextProcessor(images, tokenizer, **options)
 
 
-def small_tiled(kind):
-    """A randomly initialised InternVL or LLaVA of small width: (model, processor)."""
-    processor = tiled_processor(kind)
-    tokenizer = processor.tokenizer
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
-    vision |= {"num_attention_heads": 2, "image_size": SIDE, "patch_size": PATCH}
-    options = {"image_token_id": processor.image_token_id, "tie_word_embeddings": False}
+def tiled_config(kind, processor):
+    language = {"Llava": "llama", "LlavaNext": "mistral"}.get(kind, "qwen2")
+    text = text_config(processor.tokenizer, model_type=language)
+    vision = {**SMALL, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision |= {"image_size": SIDE, "patch_size": PATCH}
+    more = {"image_token_id": processor.image_token_id, "tie_word_embeddings": False}
     if kind == "InternVL":
-        text = text_config(tokenizer)
         vision |= {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]}
-        options |= {"image_seq_length": 4}
-    elif kind == "LlavaOnevision":
-        text = text_config(tokenizer)
+        return text, vision, {**more, "image_seq_length": 4}
+    if kind in ("LlavaNext", "LlavaOnevision"):
+        more["image_grid_pinpoints"] = GRIDS
+    if kind == "LlavaOnevision":
         vision |= {"model_type": "siglip_vision_model", "vision_use_head": False}
-        options |= {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
-        options |= {"image_grid_pinpoints": GRIDS, "video_token_id": processor.video_token_id}
-    else:
-        text = text_config(tokenizer, "llama" if kind == "Llava" else "mistral")
-        text |= {"sliding_window": None} if kind == "LlavaNext" else {}
-        vision |= {"model_type": "clip_vision_model", "projection_dim": 32}
-        options |= {"image_grid_pinpoints": GRIDS} if kind == "LlavaNext" else {}
-        options["image_token_index"] = options.pop("image_token_id")
-    config = getattr(hf, f"{kind}Config")(text_config=text, vision_config=vision, **options)
-    torch.manual_seed(0)
-    return getattr(hf, f"{kind}ForConditionalGeneration")(config).eval(), processor
+        more |= {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+        return text, vision, {**more, "video_token_id": processor.video_token_id}
+    more["image_token_index"] = more.pop("image_token_id")
+    text |= {"sliding_window": None} if kind == "LlavaNext" else {}
+    return text, {**vision, "model_type": "clip_vision_model", "projection_dim": 32}, more

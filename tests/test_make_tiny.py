@@ -1,17 +1,22 @@
 """The training of the tiny models: what packing must not change, and where heads are sent."""
 
 import numpy as np
+import pytest
 import torch
 
 import data
-import sampler
 from assets import make_demo, make_tiny
+from sampler import ASSETS
 
-ASSETS = sampler.ASSETS
+
+@pytest.fixture
+def packer(tiny):
+    model, processor = tiny
+    return make_tiny.Packer(processor, model)
 
 
-def scene_and_questions(seed=3):
-    rng = np.random.default_rng(seed)
+def scene_and_questions():
+    rng = np.random.default_rng(3)
     image, objects = make_demo.draw_scene(rng, 3, plain=True)
     return image, objects, make_tiny.questions(rng, objects, ask_points=True)
 
@@ -22,30 +27,23 @@ def test_the_tiny_models_are_small_safetensors():
     assert not [f for f in ASSETS.rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".p")]
 
 
-def test_packed_questions_are_answered_as_each_alone(tiny):
-    model, processor = tiny
-    image, objects, asked = scene_and_questions()
-    packer = make_tiny.Packer(processor, model)
+@torch.no_grad()
+def test_packed_questions_are_answered_as_each_alone(tiny, packer):
+    (model, processor), (image, objects, asked), alone = tiny, scene_and_questions(), []
     row, blank = packer.row(asked), make_tiny.Heads.targets(objects)
     inputs, labels, *_ = packer.batch([(image, row, blank), (image, packer.row(asked[:1]), blank)])
-    with torch.no_grad():
-        logits = model(**inputs).logits[0]  # (T, V)
-    packed = logits[:-1][labels[0, 1:] != -100]
-    alone = []
+    packed = model(**inputs).logits[0, :-1][labels[0, 1:] != -100]  # (answer tokens, V)
     for q in asked:
         batch = data.collate(processor, [image], [q.prompt], [q.answer])
         answer = batch.pop("labels")[0, 1:] != -100
-        with torch.no_grad():
-            alone.append(model(**batch).logits[0, :-1][answer])
+        alone.append(model(**batch).logits[0, :-1][answer])
     assert torch.allclose(packed, torch.cat(alone), atol=1e-3)
 
 
-def test_heads_are_sent_to_the_token_under_the_point_and_to_the_labels_point(tiny):
-    model, processor = tiny
+def test_heads_are_sent_to_the_token_under_the_point_and_to_the_labels_point(packer):
     _, objects, asked = scene_and_questions()
-    packer = make_tiny.Packer(processor, model)
     ids, labels, _, _, looks, unders = packer.row(asked)
-    text = processor.tokenizer.convert_ids_to_tokens(ids)
+    text = packer.processor.tokenizer.convert_ids_to_tokens(ids)
     for end, token in [look[1:] for look in looks if look[0] == "point"]:
         row, column = divmod(token - packer.image, make_tiny.SIDE)
         x, y = (int(text[t]) / 1000 * make_demo.SIZE / make_tiny.CELL for t in (end - 2, end))
@@ -56,9 +54,8 @@ def test_heads_are_sent_to_the_token_under_the_point_and_to_the_labels_point(tin
     assert len(unders) == points > 0
 
 
-def test_in_a_list_every_number_looks_at_its_own_instance(tiny):
-    model, processor = tiny
-    packer, rng, counts = make_tiny.Packer(processor, model), np.random.default_rng(5), []
+def test_in_a_list_every_number_looks_at_its_own_instance(packer):
+    rng, counts = np.random.default_rng(5), []
     for _ in range(20):
         _, objects = make_demo.draw_scene(rng, 4, plain=True)
         for q in make_tiny.list_questions(rng, objects):
@@ -68,9 +65,8 @@ def test_in_a_list_every_number_looks_at_its_own_instance(tiny):
             for i, (name, _, seen) in enumerate(looks):
                 rows, columns = np.divmod(seen - packer.image, make_tiny.SIDE)
                 cells = np.stack([columns, rows], -1) / make_tiny.SIDE * 1000  # upper left corners
-                x1, y1, x2, y2 = found[i // 8].box
-                margin = 1000 / make_tiny.SIDE + 8
-                assert name == "box" and (cells > [x1 - margin, y1 - margin]).all()
-                assert (cells < [x2, y2]).all()
+                box, margin = np.array(found[i // 8].box), 1000 / make_tiny.SIDE + 8
+                assert (cells > box[:2] - margin).all() and (cells < box[2:]).all()
+                assert name == "box"
             counts.append(len(found))
     assert {0, 1, 2} <= set(counts)

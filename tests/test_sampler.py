@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED
-from families import QWEN, TILED, saved_policy, small_policy, small_qwen
+from families import QWEN, TILED, saved_policy, small_policy
 from PIL import Image
 
 import data
@@ -27,11 +27,8 @@ def test_the_grid_has_the_cells_that_the_formula_says():
     assert np.allclose(points[0], [10 + 48 / 12, 20 + 10 / 6])  # centre of the first cell
     assert np.allclose(points[1] - points[0], [8, 0])  # row by row
     assert np.allclose(points.mean(0), [34, 25])
-
-
-def test_the_papers_grid_and_a_fixed_one_are_the_same_function():
-    assert len(sampler.grid_points(BOX, 100, 200, k_min=1)) == 6 * 1
-    assert len(sampler.grid_points(BOX, 100, 200, k_min=4, k_max=4)) == 16
+    assert len(sampler.grid_points(BOX, 100, 200, k_min=1)) == 6 * 1  # the paper's
+    assert len(sampler.grid_points(BOX, 100, 200, k_min=4, k_max=4)) == 16  # a fixed one
 
 
 def test_random_points_lie_in_the_box():
@@ -55,40 +52,49 @@ def test_a_jittered_box_moves_each_edge_within_its_bounds():
     assert np.unique(boxes[:, 2]).size > 100
 
 
-def test_doubted_labels_are_dropped():
-    keep = sampler.confident([0.9, 0.89, 0.99])
-    assert keep.tolist() == [True, False, True]
+def test_labels_in_doubt_are_dropped():
+    assert sampler.is_confident([0.9, 0.89, 0.99]).tolist() == [True, False, True]
 
 
 # ------------------------------------------------------------------------- generation
 
 
-def ask(processor, think=False):
+def kinds(*names):
+    return pytest.mark.parametrize("policy", names, indirect=True)
+
+
+@pytest.fixture
+def policy(request, tiny):
+    """(model, processor) of a family, or of assets/tiny_vlm."""
+    return tiny if request.param == "tiny" else small_policy(request.param)
+
+
+def random_images(sizes):
+    rng = np.random.default_rng(1)
+    return [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
+
+
+def ask(think=False):
+    """Three images and a prompt for each."""
     images = [Image.new("RGB", (128, 128), c) for c in ("gray", "darkgreen", "navy")]
     points = sampler.grid_points((100, 100, 700, 500), 1000, 1000)
     prompts = [data.box_prompt("a ship", think=think), data.point_prompt("the ship", points)]
-    prompts.append(data.box_prompt("The large white storage tank on the left"))
-    return images, prompts
+    return images, [*prompts, data.box_prompt("The large white storage tank on the left")]
 
 
-def read_apart(model, processor, images, prompts):
+def answer(model, processor, images, prompts, length):
     """What eval.py does: images first, then every prompt behind its image."""
-    seen = sampler.read(model, data.collate_images(processor, images))
+    prefix = sampler.prefill(model, data.collate_images(processor, images))
     text = data.collate_text(processor, prompts)
-    return sampler.read_on(model, seen, range(len(prompts)), text)
-
-
-def answer(model, processor, images, prompts, length, temperature=0.0):
-    context = read_apart(model, processor, images, prompts)
-    return sampler.generate(model, processor, context, length, temperature)
+    prefix = sampler.extend(model, prefix, range(len(prompts)), text)
+    return sampler.generate(model, processor, prefix, length)
 
 
 def test_a_batch_answers_like_each_prompt_alone(tiny):
-    model, processor = tiny
-    images, prompts = ask(processor)
-    together = answer(model, processor, images, prompts, 96)
+    images, prompts = ask()
+    together = answer(*tiny, images, prompts, 96)
     for i in range(3):
-        ((text, probs),) = answer(model, processor, images[i : i + 1], prompts[i : i + 1], 96)
+        ((text, probs),) = answer(*tiny, images[i : i + 1], prompts[i : i + 1], 96)
         assert text == together[i][0]
         assert np.allclose(probs, together[i][1], atol=1e-4)
 
@@ -96,7 +102,7 @@ def test_a_batch_answers_like_each_prompt_alone(tiny):
 def test_label_probabilities_equal_a_second_forward_pass(tiny, monkeypatch):
     """On the very tokens that were generated: the text, tokenised again, may give others."""
     model, processor = tiny
-    images, prompts = ask(processor, think=True)
+    images, prompts = ask(think=True)
     batch, decoded, decode = data.collate(processor, images, prompts), [], sampler.decode
     monkeypatch.setattr(sampler, "decode", lambda *a: decoded.append(decode(*a)) or decoded[0])
     answers = answer(model, processor, images, prompts, 40)
@@ -116,75 +122,37 @@ def test_label_probabilities_equal_a_second_forward_pass(tiny, monkeypatch):
         assert np.abs(spread - probs).max() < 1e-4
 
 
-def test_a_random_policy_never_emits_a_vision_token(tiny):
-    model, processor = tiny
-    images, prompts = ask(processor)
-    torch.manual_seed(0)
-    hot = answer(model, processor, images * 24, prompts * 24, 60, 1000.0)  # all but uniform
-    texts = "".join(text for text, _ in hot)
-    assert "<|im_start|>" in texts  # other special tokens do come up
-    assert not any(
-        f"<|{name}|>" in texts for name in ("image_pad", "video_pad", "vision_start", "vision_end")
-    )
-
-
-# ------------------------------------------------------------------------- policies
+@kinds("tiny", *QWEN, *TILED)
+def test_a_prompt_read_in_two_parts_is_the_prompt(policy):
+    """Two prompts behind one image, another behind an image of another size, in another order."""
+    model, processor = policy
+    images = random_images([(128, 128), (160, 64)])
+    prompts = [data.box_prompt(phrase) for phrase in ("a ship", "the one left of it", "a house")]
+    rows = [1, 0, 1]
+    whole = data.collate(processor, [images[row] for row in rows], prompts)
+    prefix = sampler.prefill(model, data.collate_images(processor, images))
+    apart = sampler.extend(model, prefix, rows, data.collate_text(processor, prompts))
+    together = sampler.prefill(model, whole)
+    assert torch.allclose(apart.last_hidden, together.last_hidden, atol=1e-4)
+    assert (apart.next_position == together.next_position).all()
+    ids, *_ = sampler.decode(model, processor, apart, 1, 12, 0.0)
+    eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
+    options = {"suppress_tokens": sampler.vision_token_ids(model, processor), "eos_token_id": eos}
+    if not hasattr(model.model, "get_rope_index"):  # generate takes what a signature names
+        whole.pop("mm_token_type_ids")
+    expected = model.generate(
+        **whole, do_sample=False, max_new_tokens=12, pad_token_id=pad, **options
+    )[:, whole["input_ids"].shape[1] :]
+    assert ids.tolist() == expected.tolist()
+    # the images can be extended again
+    assert prefix.attention_mask.shape[1] == prefix.cache.get_seq_length()
 
 
 def test_a_missing_model_is_one_clear_line(tmp_path):
-    with pytest.raises(
-        InputError, match="no model at .*nowhere: that folder does not exist"
-    ) as error:
+    message = "no model at .*nowhere: that folder does not exist"
+    with pytest.raises(InputError, match=message) as error:
         sampler.load_policy(tmp_path / "nowhere")
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("kind", QWEN)
-def test_coordinates_survive_the_round_trip_to_the_models_frame(kind, tiny, tmp_path):
-    model, processor = small_qwen(kind, tiny[1].tokenizer)
-    with pytest.raises(InputError, match="1 : 200"):
-        sampler.answer_frame(model, processor, 4, 1000)
-    width, height = 333, 170
-    frame = sampler.answer_frame(model, processor, width, height)
-    grid = processor.image_processor(images=[Image.new("RGB", (width, height))])["image_grid_thw"][
-        0
-    ]
-    patch = processor.image_processor.patch_size
-    resized = (int(grid[2]) * patch, int(grid[1]) * patch)
-    assert frame == (resized if kind == "Qwen2_5_VL" else (1000, 1000))
-    box = np.array([17, 40, 301, 166])
-    text = data.box_answer(data.rescale(box, (width, height), frame))
-    back = data.rescale(data.parse_boxes(text), frame, (width, height))[0]
-    assert np.abs(back - box).max() <= 1
-    assert frame != (1000, 1000) or f"{round(17 * 1000 / width)}," in text
-    prompt = data.box_prompt("a ship", frame)
-    assert (f"{frame[0]}x{frame[1]}" in prompt) == (kind == "Qwen2_5_VL")
-
-
-@pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Qwen3VL"])
-def test_the_pipeline_runs_on_qwen_classes_with_the_real_tokenizer(kind, tmp_path, small_set):
-    if not (SHARED / "tokenizers" / "qwen3").exists():
-        pytest.skip("needs the real Qwen3 tokenizer")
-    from transformers import AutoTokenizer
-
-    import eval as evaluation
-    import sft
-
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "qwen3")
-    model, processor = small_qwen(kind, tokenizer)
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    common = ["--data_root", str(small_set), "--log_dir", str(tmp_path)]
-    tune = ["--model_path", str(tmp_path / "model"), "--max_step", "1", "--batch_size", "2"]
-    sft.main(
-        sft.get_args(
-            [*common, *tune, "--val_limit", "1", "--lora_rank", "4", "--gradient_checkpointing"]
-        )
-    )
-    test = ["--eval_model_path", str(tmp_path / "sft"), "--max_new_tokens", "8"]
-    evaluation.main(evaluation.get_args([*common, *test]))
-    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
-    assert metrics["n"] == metrics["n_failed"] > 0  # random weights: nothing readable, all counted
 
 
 # ------------------------------------------------------------------------- groups
@@ -192,19 +160,17 @@ def test_the_pipeline_runs_on_qwen_classes_with_the_real_tokenizer(kind, tmp_pat
 
 def unlike_prompts(processor, count=3):
     """Inputs of `count` prompts of unlike lengths, with and without reasoning, on unlike images."""
-    rng = np.random.default_rng(1)
-    sizes = [(128, 128), (96, 160), (160, 64)][:count]
-    images = [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
+    images = random_images([(128, 128), (96, 160), (160, 64)][:count])
     points = data.point_prompt("a white house", np.arange(18).reshape(9, 2) * 50)
     prompts = [data.box_prompt("a ship", think=True), points, data.box_prompt("the one left of it")]
     return data.collate(processor, images, prompts[:count])
 
 
-def padded_logps(model, processor, prompt, completions, mask, temperature):
+def padded_logps(model, prompt, completions, mask, temperature):
     """The plain way: G rows [prompt, completion] for each prompt, with an image each."""
     group = len(completions) // len(prompt["input_ids"])
     rows = [row for row in range(len(prompt["input_ids"])) for _ in range(group)]
-    wide = sampler.take_prompts(prompt, rows)
+    wide = sampler.select_prompts(prompt, rows)
     start = wide["input_ids"].shape[1]
     ids = torch.cat([wide["input_ids"], completions], 1)
     wide |= {"input_ids": ids, "mm_token_type_ids": (ids == model.config.image_token_id).int()}
@@ -216,7 +182,7 @@ def padded_logps(model, processor, prompt, completions, mask, temperature):
 
 @pytest.mark.parametrize("kind", ["tiny", *QWEN, *TILED])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_shared_prefix_gives_what_the_padded_batch_gives(kind, checkpointing, tiny):
+def test_the_shared_prefix_gives_what_the_padded_batch_gives(kind, checkpointing):
     """Log-probs and gradients, for completions of unlike lengths behind unlike prompts."""
     model, processor = sampler.load_policy() if kind == "tiny" else small_policy(kind)
     prompt = unlike_prompts(processor)
@@ -229,12 +195,9 @@ def test_the_shared_prefix_gives_what_the_padded_batch_gives(kind, checkpointing
     adv = torch.randn(12, 1)
     assert model.training == checkpointing
     results = []
-    for score in (
-        lambda: sampler.completion_logps(model, prompt, completions, mask, 0.9),
-        lambda: padded_logps(model, processor, prompt, completions, mask, 0.9),
-    ):
+    for score in (sampler.completion_logps, padded_logps):
         model.zero_grad()
-        logp = score()
+        logp = score(model, prompt, completions, mask, 0.9)
         (logp * adv).sum().backward()
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         results.append((logp.detach(), grads))
@@ -262,9 +225,9 @@ def test_the_shared_prefix_encodes_an_image_once(tiny, monkeypatch):
     assert encoded == [len(prompt["pixel_values"])] * 2
 
 
-@pytest.mark.parametrize("kind", ["tiny", "Qwen2_5_VL", "Qwen3VL", *TILED])
-def test_sampling_gives_the_log_probs_that_scoring_gives(kind, tiny):
-    model, processor = tiny if kind == "tiny" else small_policy(kind)
+@kinds("tiny", "Qwen2_5_VL", "Qwen3VL", *TILED)
+def test_sampling_gives_the_log_probs_that_scoring_gives(policy):
+    model, processor = policy
     prompt = unlike_prompts(processor)
     torch.manual_seed(0)
     ids, mask, logp = sampler.sample_group(model, processor, prompt, 5, 24, temperature=1.7)
@@ -273,33 +236,6 @@ def test_sampling_gives_the_log_probs_that_scoring_gives(kind, tiny):
     with torch.no_grad():
         scored = sampler.completion_logps(model, prompt, ids, mask, temperature=1.7)
     assert (logp - scored).abs().max() < 1e-4 and (logp[mask] < 0).any()
-
-
-@pytest.mark.parametrize("kind", ["tiny", *QWEN, *TILED])
-def test_a_prompt_read_in_two_parts_is_the_prompt(kind, tiny):
-    """Two prompts behind one image, another behind an image of another size, in another order."""
-    model, processor = tiny if kind == "tiny" else small_policy(kind)
-    rng = np.random.default_rng(1)
-    sizes = [(128, 128), (160, 64)]
-    images = [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
-    prompts = [data.box_prompt(phrase) for phrase in ("a ship", "the one left of it", "a house")]
-    rows = [1, 0, 1]
-    whole = data.collate(processor, [images[row] for row in rows], prompts)
-    seen = sampler.read(model, data.collate_images(processor, images))
-    apart = sampler.read_on(model, seen, rows, data.collate_text(processor, prompts))
-    together = sampler.read(model, whole)
-    assert torch.allclose(apart.hidden, together.hidden, atol=1e-4)
-    assert (apart.following == together.following).all()
-    ids, *_ = sampler.decode(model, processor, apart, 1, 12, 0.0)
-    eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
-    options = {"suppress_tokens": sampler.vision_tokens(model, processor), "eos_token_id": eos}
-    if kind in TILED:  # generate takes what a model's signature names
-        whole.pop("mm_token_type_ids")
-    expected = model.generate(
-        **whole, do_sample=False, max_new_tokens=12, pad_token_id=pad, **options
-    )[:, whole["input_ids"].shape[1] :]
-    assert ids.tolist() == expected.tolist()
-    assert seen.seen.shape[1] == seen.cache.get_seq_length()  # the images can be read on again
 
 
 def test_finished_completions_leave_the_batch(tiny, monkeypatch):
@@ -324,62 +260,17 @@ def test_finished_completions_leave_the_batch(tiny, monkeypatch):
     assert (logp - scored).abs().max() < 1e-4
 
 
-def test_lora_is_merged_while_sampling_and_only_then(tiny):
-    model, processor = sampler.load_policy()
-    sampler.add_lora(model, rank=4, alpha=8, dropout=0.5)
-    layers = [module for module in model.modules() if isinstance(module, sampler.LoRALinear)]
-    for layer in layers:
-        torch.nn.init.normal_(layer.lora_B.weight, std=0.05)
-    prompt = unlike_prompts(processor)
-    torch.manual_seed(0)
-    ids, mask, logp = sampler.sample_group(model.train(), processor, prompt, 4, 16, 0.9)
-    assert model.training and all(layer.merged is None for layer in layers)
-    with torch.no_grad():
-        scored = sampler.completion_logps(model.eval(), prompt, ids, mask, 0.9)
-        base = sampler.completion_logps(tiny[0], prompt, ids, mask, 0.9)
-    assert (scored - logp).abs().max() < 1e-4 < 0.1 < (scored - base).abs().max()
-
-
-def test_log_probs_taken_in_slices_are_the_same(monkeypatch):
-    """And no more logits than a slice are ever there at once, also for the gradients."""
-    torch.manual_seed(0)
-    head, tokens = torch.nn.Linear(8, 50), torch.randint(0, 50, (23,))
-    hidden, rows = torch.randn(23, 8, requires_grad=True), []
-    head.register_forward_hook(lambda module, inputs, logits: rows.append(len(logits)))
-    results = []
-    for size in (2**27, 50 * 5 + 20):
-        monkeypatch.setattr(sampler, "SLICE", size)
-        head.zero_grad(), setattr(hidden, "grad", None)
-        logp = sampler.token_logps(head, hidden, tokens, 0.7)
-        (logp * torch.arange(23)).sum().backward()
-        results.append((logp, head.weight.grad.clone(), hidden.grad.clone()))
-    assert rows == [23] + [5, 5, 5, 5, 3] + [3, 5, 5, 5, 5]
-    for whole, sliced in zip(*results):
-        assert torch.allclose(whole, sliced, rtol=1e-4, atol=1e-5)
-    expected = (head(hidden) / 0.7).log_softmax(-1)[torch.arange(23), tokens]
-    assert torch.allclose(results[1][0], expected, atol=1e-6)
-
-
-def test_a_model_that_was_scored_is_saved_as_any_other(tmp_path):
-    """NOTE: its layers call group_attention, which other programs do not have."""
-    model, processor = sampler.load_policy()
-    mask = torch.ones(3, 4, dtype=torch.bool)
-    sampler.completion_logps(model, unlike_prompts(processor), mask.long(), mask)
-    sampler.save_policy(model, processor, tmp_path)
-    assert "attn" not in (tmp_path / "config.json").read_text()
-
-
 def test_the_end_of_sequence_counts_and_what_follows_does_not(tiny):
     model, processor = tiny
-    end = processor.tokenizer.eos_token_id
+    prompt, end = unlike_prompts(processor), processor.tokenizer.eos_token_id
     torch.manual_seed(0)
-    ids, mask, logp = sampler.sample_group(model, processor, unlike_prompts(processor), 4, 40, 0.9)
+    ids, mask, logp = sampler.sample_group(model, processor, prompt, 4, 40, 0.9)
     for row, kept, row_logp in zip(ids.tolist(), mask.tolist(), logp.tolist()):
         length = row.index(end) + 1  # after SFT-like pretraining every answer ends
         assert kept == [True] * length + [False] * (len(row) - length)
         assert not any(row_logp[length:])
     assert len({sum(kept) for kept in mask.tolist()}) > 1
-    cut, mask, _ = sampler.sample_group(model, processor, unlike_prompts(processor), 4, 3, 0.9)
+    cut, mask, _ = sampler.sample_group(model, processor, prompt, 4, 3, 0.9)
     assert cut.shape == (12, 3) and mask.all() and not (cut == end).any()
 
 
@@ -395,28 +286,46 @@ def test_a_group_is_sampled_from_the_models_distribution(tiny):
     assert torch.allclose(logp[:, 0].exp(), expected[ids[:, 0]], rtol=1e-3)
 
 
-QWEN_TOKENS = "<|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|>"
+VISION_TOKENS = {
+    "Qwen3VL": "<|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|>",
+    "InternVL": "<img> </img> <IMG_CONTEXT> <video>",
+    "Llava": "<image>",
+    "LlavaNext": "<image>",
+    "LlavaOnevision": "<image> <video>",
+}
 
 
-@pytest.mark.parametrize(
-    "kind, texts",
-    [
-        ("Qwen3VL", QWEN_TOKENS),
-        ("InternVL", "<img> </img> <IMG_CONTEXT> <video>"),
-        ("Llava", "<image>"),
-        ("LlavaNext", "<image>"),
-        ("LlavaOnevision", "<image> <video>"),
-    ],
-)
-def test_vision_tokens_are_never_sampled(kind, texts):
+@pytest.mark.parametrize("kind", VISION_TOKENS)
+def test_vision_tokens_are_never_sampled(kind):
     """NOTE: a completion that holds <|image_pad|> cannot be scored."""
     model, processor = small_policy(kind)
-    vision = sampler.vision_tokens(model, processor)
-    assert sorted(processor.tokenizer.convert_ids_to_tokens(vision)) == sorted(texts.split())
+    vision = sampler.vision_token_ids(model, processor)
+    names = processor.tokenizer.convert_ids_to_tokens(vision)
+    assert sorted(names) == sorted(VISION_TOKENS[kind].split())
     with torch.no_grad():  # a policy that likes nothing better
         model.lm_head.weight[vision] = 10 * model.lm_head.weight[vision].abs()
     ids, mask, _ = sampler.sample_group(model, processor, unlike_prompts(processor), 8, 12, 5.0)
     assert not torch.isin(ids, torch.tensor(vision)).any()
+
+
+def test_log_probs_taken_in_slices_are_the_same(monkeypatch):
+    """And no more logits than a slice are ever there at once, also for the gradients."""
+    torch.manual_seed(0)
+    head, tokens = torch.nn.Linear(8, 50), torch.randint(0, 50, (23,))
+    hidden, rows = torch.randn(23, 8, requires_grad=True), []
+    head.register_forward_hook(lambda module, inputs, logits: rows.append(len(logits)))
+    results = []
+    for size in (2**27, 50 * 5 + 20):
+        monkeypatch.setattr(sampler, "LOGITS_IN_MEMORY", size)
+        head.zero_grad(), setattr(hidden, "grad", None)
+        logp = sampler.token_logps(head, hidden, tokens, 0.7)
+        (logp * torch.arange(23)).sum().backward()
+        results.append((logp, head.weight.grad.clone(), hidden.grad.clone()))
+    assert rows == [23] + [5, 5, 5, 5, 3] + [3, 5, 5, 5, 5]
+    for whole, sliced in zip(*results):
+        assert torch.allclose(whole, sliced, rtol=1e-4, atol=1e-5)
+    expected = (head(hidden) / 0.7).log_softmax(-1)[torch.arange(23), tokens]
+    assert torch.allclose(results[1][0], expected, atol=1e-6)
 
 
 def test_in_bfloat16_a_fresh_policy_is_its_reference_to_the_bit():
@@ -435,6 +344,8 @@ def test_in_bfloat16_a_fresh_policy_is_its_reference_to_the_bit():
     assert scored.isfinite().all() and (scored - logp).abs().mean() < 0.05
     grads = [p.grad for p in policy.parameters() if p.grad is not None]
     assert len(grads) > 20 and all(grad.isfinite().all() for grad in grads)
+    texts = [text for text, _ in answer(policy, processor, *ask(), 8)]  # in evaluation, too
+    assert texts == [text for text, _ in answer(reference, processor, *ask(), 8)] != [""] * 3
 
 
 def test_a_model_without_images_is_scored_from_plain_positions(tiny):
@@ -446,75 +357,72 @@ def test_a_model_without_images_is_scored_from_plain_positions(tiny):
     model = Qwen2ForCausalLM(config).eval()
     attention = torch.tensor([[1] * 7, [0, 0] + [1] * 5])
     prompt = {"input_ids": torch.randint(0, 380, (2, 7)), "attention_mask": attention}
-    ids, mask, logp = sampler.sample_group(model, tiny[1], prompt, 3, 6, 1.0)
+    ids, mask, _ = sampler.sample_group(model, tiny[1], prompt, 3, 6, 1.0)
     wide = {key: value.repeat_interleave(3, 0) for key, value in prompt.items()}
     seen = torch.cat([wide["attention_mask"], mask.long()], 1)
     with torch.no_grad():
-        scored = sampler.completion_logps(model, sampler.take_prompts(prompt, [1, 0]), ids, mask)
-        ids = ids[[3, 4, 5, 0, 1, 2]]
         logits = model(
             input_ids=torch.cat([wide["input_ids"], ids], 1),
             attention_mask=seen,
             position_ids=(seen.cumsum(1) - 1).clamp(min=0),
         ).logits[:, 6:-1]
-        again = sampler.completion_logps(model, prompt, ids, mask)
+        scored = sampler.completion_logps(model, prompt, ids, mask)
     expected = logits.log_softmax(-1).gather(2, ids[..., None])[..., 0]
-    assert torch.allclose(again[mask], expected[mask], atol=1e-5)
-    assert torch.allclose(scored[:3], again[3:], atol=1e-5)
+    assert torch.allclose(scored[mask], expected[mask], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["tiny", *TILED])
-def test_some_prompts_of_a_batch_are_what_they_are_alone(kind, tiny):
-    model, processor = tiny if kind == "tiny" else small_policy(kind)
-    prompt = unlike_prompts(processor)
-    taken = sampler.take_prompts(prompt, [2, 0])
-    mask = torch.ones(6, 4, dtype=torch.bool)
-    ids = torch.randint(0, 200, (6, 4))
-    with torch.no_grad():
-        whole = sampler.completion_logps(model, prompt, ids, mask)
-        part = sampler.completion_logps(model, taken, torch.cat([ids[4:], ids[:2]]), mask[:4])
-    assert torch.allclose(part, torch.cat([whole[4:], whole[:2]]), atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", TILED)
-def test_the_pixels_of_some_prompts_are_those_of_their_images(kind):
-    """Three images, cut into unlike numbers of tiles, each alone and picked from a batch."""
-    model, processor = small_policy(kind)
-    rng = np.random.default_rng(0)
-    sizes = [(100, 100), (40, 100), (100, 60)]
-    images = [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
+@kinds("tiny", *TILED)
+def test_the_inputs_of_some_prompts_are_those_of_their_images(policy):
+    """Three images, cut into unlike numbers of tiles, each alone and selected from a batch."""
+    _, processor = policy
+    images = random_images([(100, 100), (40, 100), (100, 60)])
     prompt = data.collate(processor, images, ["a ship"] * 3)
     for row, image in enumerate(images):
         alone = data.collate(processor, [image], ["a ship"])
-        taken = sampler.take_prompts(prompt, [row])
-        found, expected = taken.pop("pixel_values"), alone.pop("pixel_values")
+        selected = sampler.select_prompts(prompt, [row])
+        found, expected = selected.pop("pixel_values"), alone.pop("pixel_values")
         if expected.dim() == 5:  # padded to the image that has most tiles
             assert not found[:, expected.shape[1] :].any()
             found = found[:, : expected.shape[1]]
         assert torch.equal(found, expected)
-        real = taken["attention_mask"][0].bool()
-        assert taken["input_ids"][0][real].tolist() == alone["input_ids"][0].tolist()
-    both = sampler.take_prompts(prompt, [2, 1])
-    again, once = (sampler.take_prompts(*pair) for pair in ((both, [1]), (prompt, [1])))
+        real = selected["attention_mask"][0].bool()
+        assert selected["input_ids"][0][real].tolist() == alone["input_ids"][0].tolist()
+        for name in alone.keys() & {"image_grid_thw", "image_sizes"}:
+            assert torch.equal(selected[name], alone[name])
+    both = sampler.select_prompts(prompt, [2, 1])
+    again, once = (sampler.select_prompts(*pair) for pair in ((both, [1]), (prompt, [1])))
     assert again["pixel_values"].equal(once["pixel_values"])
 
 
 # ------------------------------------------------------------------------- LoRA
 
 
-@pytest.fixture(params=["tiny", *TILED])
-def adapted(request, tmp_path):
-    """A policy with LoRA that is no longer zero, its processor, a batch, and where its base is."""
-    kind = request.param
-    base = sampler.TINY_VLM if kind == "tiny" else saved_policy(kind, tmp_path / "base")
-    model, processor = sampler.load_policy(base)
+@pytest.fixture(scope="module", params=["tiny", *TILED])
+def base(request, tmp_path_factory):
+    """A folder with a model."""
+    if request.param == "tiny":
+        return str(sampler.TINY_VLM)
+    return saved_policy(request.param, tmp_path_factory.mktemp("base"))
+
+
+def adapt(model, **options):
+    """The model with LoRA that is no longer zero, and mergers that have moved."""
     torch.manual_seed(0)
-    sampler.add_lora(model, rank=8, alpha=16, dropout=0.0)
+    sampler.add_lora(model, **{"rank": 8, "alpha": 16, "dropout": 0.0, **options})
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "merger" in name or "projector" in name:
             parameter.data += 0.02 * torch.randn_like(parameter)
-    batch = data.collate(processor, *ask(processor))
-    return model, processor, batch, base
+    return model
+
+
+@pytest.fixture
+def adapted(base):
+    """A policy with LoRA, its processor, a batch, and where its base is."""
+    model, processor = sampler.load_policy(base)
+    return adapt(model), processor, data.collate(processor, *ask()), base
+
+
+only_tiny = pytest.mark.parametrize("base", ["tiny"], indirect=True)
 
 
 def logits_of(model, batch):
@@ -522,63 +430,76 @@ def logits_of(model, batch):
         return model(**batch).logits
 
 
-def test_lora_starts_as_the_model_itself_and_trains_what_it_should(tiny):
-    model, processor = sampler.load_policy()
-    batch = data.collate(processor, *ask(processor))
+@kinds("tiny", *TILED)
+def test_lora_starts_as_the_model_itself_and_trains_what_it_should(policy):
+    """Vision towers have layers of the same names (q_proj), which stay as they are."""
+    (model, processor), kind = policy, policy[0].config.model_type
+    if kind == "qwen3_vl":
+        model, _ = sampler.load_policy()
+    batch = data.collate(processor, *ask())
     before = logits_of(model, batch)
+    merger = "merger" if kind == "qwen3_vl" else "projector"
+    expected = {name for name, _ in model.named_parameters() if merger in name}
     sampler.add_lora(model, rank=8, alpha=16)
     assert torch.equal(logits_of(model, batch), before)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert all(".lora_" in name or "merger" in name for name in trained)
-    layers = model.config.text_config.num_hidden_layers
-    assert sum("lora_A" in name for name in trained) == 7 * layers
-    assert "model.visual.merger.linear_fc1.weight" in trained
-
-
-@pytest.mark.parametrize("kind", TILED)
-def test_lora_lies_in_the_language_model_alone_and_the_projector_trains_in_full(kind):
-    """The vision tower has layers of the same names (q_proj), which stay as they are."""
-    model, _ = small_policy(kind)
-    projector = {f"model.{n}" for n, _ in model.model.named_parameters() if "projector" in n}
-    sampler.add_lora(model, rank=8, alpha=16)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
     lora = {name for name in trained if ".lora_" in name}
-    assert trained - lora == projector != set()
-    assert len(lora) == 2 * 7 * 2 and all("model.language_model.layers." in n for n in lora)
+    assert trained - lora == expected != set()
+    assert len(lora) == 2 * 7 * model.config.text_config.num_hidden_layers
+    assert all("model.language_model.layers." in name for name in lora)
+
+
+def test_lora_is_merged_while_sampling_and_only_then(tiny):
+    model, processor = sampler.load_policy()
+    sampler.add_lora(model, rank=4, alpha=8, dropout=0.5)
+    layers = [module for module in model.modules() if isinstance(module, sampler.LoRALinear)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.05)
+    prompt = unlike_prompts(processor)
+    torch.manual_seed(0)
+    ids, mask, logp = sampler.sample_group(model.train(), processor, prompt, 4, 16, 0.9)
+    assert model.training and all(layer.merged is None for layer in layers)
+    with torch.no_grad():
+        scored = sampler.completion_logps(model.eval(), prompt, ids, mask, 0.9)
+        base = sampler.completion_logps(tiny[0], prompt, ids, mask, 0.9)
+    assert (scored - logp).abs().max() < 1e-4 < 0.1 < (scored - base).abs().max()
 
 
 def test_the_merged_folder_gives_the_logits_of_the_adapted_model(adapted, tmp_path):
-    model, processor, batch, _ = adapted
-    expected = logits_of(model, batch)
-    sampler.save_policy(model, processor, tmp_path)
-    assert torch.allclose(logits_of(model, batch), expected)  # saving changed nothing
-    plain, _ = sampler.load_policy(tmp_path)
-    assert (logits_of(plain, batch) - expected).abs().max() < 1e-4
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    model, processor, batch, _ = adapted
+    expected = logits_of(model, batch)
+    sampler.use_shared_prefix_attention(model)  # NOTE: other programs do not have it
+    sampler.save_policy(model, processor, tmp_path)
+    assert "attn" not in (tmp_path / "config.json").read_text()
+    assert torch.allclose(logits_of(model, batch), expected)  # saving changed nothing
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert (logits_of(again, batch) - expected).abs().max() < 1e-4
     assert AutoProcessor.from_pretrained(tmp_path).tokenizer.eos_token == "<|im_end|>"
 
 
-def test_an_adapter_alone_loads_onto_its_base(adapted, tmp_path):
-    model, _, batch, base = adapted
-    sampler.save_adapter(model, tmp_path / "adapter", base)
-    loaded, _ = sampler.load_policy(tmp_path)
-    assert (logits_of(loaded, batch) - logits_of(model, batch)).abs().max() < 1e-4
-    half, _ = sampler.load_policy(tmp_path, dtype=torch.bfloat16)
-    assert all(p.requires_grad and p.dtype == torch.bfloat16 for p in half.parameters())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_alone_gives_the_weights_of_the_merged_folder(base, dtype, tmp_path):
+    """To the bit: load_policy merges by merge_adapter, and save_policy what LoRALinear holds."""
+    model, processor = sampler.load_policy(base, dtype=dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adapt(model)
+    sampler.save_adapter(model, tmp_path / "sft" / "adapter", base)
+    sampler.save_policy(model, processor, tmp_path / "merged")
+    both = (sampler.load_policy(tmp_path / name, dtype=dtype)[0] for name in ("sft", "merged"))
+    alone, merged = (loaded.state_dict() for loaded in both)
+    assert alone.keys() == merged.keys() == before.keys()
+    assert all(value.dtype == dtype and value.equal(merged[n]) for n, value in alone.items())
+    assert sum(not value.equal(before[name]) for name, value in alone.items()) > 14
 
 
+@only_tiny
 def test_an_adapter_on_an_adapter_alone_is_loaded_too(adapted, tmp_path):
     """As after sft.py --no-merge and grpo.py --no-merge."""
     model, _, batch, base = adapted
     sampler.save_adapter(model, tmp_path / "sft" / "adapter", base)
-    second, _ = sampler.load_policy(tmp_path / "sft")
-    sampler.add_lora(second, rank=4, alpha=8, dropout=0.0)
-    for name, parameter in second.named_parameters():
-        if "lora_B" in name:
-            parameter.data += 0.02
+    second = adapt(sampler.load_policy(tmp_path / "sft")[0], rank=4, alpha=8)
     sampler.save_adapter(second, tmp_path / "grpo" / "adapter", tmp_path / "sft")
     loaded, _ = sampler.load_policy(tmp_path / "grpo")
     assert torch.allclose(logits_of(loaded, batch), logits_of(second, batch), atol=1e-3)
@@ -595,38 +516,33 @@ def test_the_real_peft_reads_the_adapter(adapted, tmp_path):
 
 def test_an_adapter_written_by_peft_is_read(tmp_path):
     peft = pytest.importorskip("peft")
-    base, processor = sampler.load_policy()
-    batch = data.collate(processor, *ask(processor))
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj)"
-    )
-    theirs = peft.get_peft_model(base, config).eval()
+    model, processor = sampler.load_policy()
+    batch = data.collate(processor, *ask())
+    targets = r".*language_model.*\.(q_proj|v_proj)"
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+    theirs = peft.get_peft_model(model, config).eval()
     for name, parameter in theirs.named_parameters():
         if "lora_B" in name:
             parameter.data += 0.05
     theirs.save_pretrained(tmp_path)
     ours, _ = sampler.load_policy()
-    sampler.load_adapter(ours, tmp_path)
-    assert (logits_of(ours.eval(), batch) - logits_of(theirs, batch)).abs().max() < 1e-4
+    sampler.merge_adapter(ours, tmp_path)
+    assert (logits_of(ours, batch) - logits_of(theirs, batch)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 64}}])
-def test_an_adapter_that_would_be_misread_is_refused(adapted, tmp_path, change):
+@only_tiny
+def test_an_adapter_that_would_be_misread_is_refused(adapted, tmp_path):
     model, _, _, base = adapted
     sampler.save_adapter(model, tmp_path, base)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(InputError, match=next(iter(change))):
-        sampler.load_policy(tmp_path)
-
-
-def test_a_bfloat16_model_generates_with_its_float32_adapters(small_set):
-    import eval as evaluation
-
-    model, processor = sampler.load_policy(dtype=torch.bfloat16)
-    sampler.add_lora(model, rank=4, alpha=8)
-    samples = data.load_samples("demo", small_set, "val")
-    assert 0 <= evaluation.validate(model, processor, samples)["box_iou"] <= 1
+    path = tmp_path / sampler.ADAPTER_CONFIG
+    config = json.loads(path.read_text())
+    for change in ({"use_rslora": True}, {"alpha_pattern": {"q_proj": 64}}):
+        path.write_text(json.dumps({**config, **change}))
+        with pytest.raises(InputError, match=next(iter(change))):
+            sampler.load_policy(tmp_path)
+    with pytest.raises(InputError, match="does not fit its base model"):
+        path.write_text(json.dumps(config))
+        sampler.merge_adapter(small_policy("Llava")[0], tmp_path)
 
 
 # ------------------------------------------------------------------------- SAM
@@ -642,18 +558,13 @@ def prompts_of(objects):
     return prompts
 
 
-def test_sam_finds_the_objects(scene, segmenter):
+def test_sam_finds_the_objects_together_as_alone(scene, segmenter):
     image, objects = scene
     segmenter.set_image(image)
     results = segmenter.segment(prompts_of(objects))
     for (mask, score), o in zip(results, objects):
         assert mask.shape == (128, 128) and mask.dtype == bool
         assert data.mask_iou(mask, o.mask)[2] > 0.6 and 0.3 < score < 1.2
-
-
-def test_prompts_together_give_the_masks_of_prompts_alone(scene, segmenter):
-    image, objects = scene
-    segmenter.set_image(image)
     prompts = prompts_of(objects) + [(prompts_of(objects)[0][0], np.zeros((0, 2)), np.zeros(0))]
     for prompt, (mask, score) in zip(prompts, segmenter.segment(prompts)):
         ((alone, alone_score),) = segmenter.segment([prompt])
@@ -662,33 +573,30 @@ def test_prompts_together_give_the_masks_of_prompts_alone(scene, segmenter):
 
 def test_the_embedding_is_computed_once_per_image_and_forgotten_in_turn(scene):
     image, objects = scene
-    segmenter = sampler.Segmenter(cache_size=2)
+    segmenter, blank = sampler.Segmenter(cache_size=2), Image.new("RGB", (128, 128))
     calls = []
     segmenter.predictor.model.image_encoder.register_forward_hook(lambda *_: calls.append(1))
     segmenter.set_image(image, "a")
     first = segmenter.segment(prompts_of(objects))[0][0]
-    segmenter.set_image(Image.new("RGB", (128, 128)), "b")
+    segmenter.set_image(blank, "b")
     segmenter.set_image(image, "a")
     assert len(calls) == 2 and (segmenter.segment(prompts_of(objects))[0][0] == first).all()
     segmenter.set_image(image, "c")
-    segmenter.set_image(image, "b")
+    segmenter.set_image(blank, "b")
     assert len(calls) == 4  # b was the one unused for longest
+    for _ in range(2):
+        segmenter.set_image(image)
+    assert len(calls) == 6  # an image without a key is never taken from the cache
 
 
-def test_an_image_without_a_key_is_never_taken_from_the_cache(scene, segmenter):
-    image, objects = scene
-    segmenter.set_image(Image.new("RGB", image.size))
-    blank = segmenter.predictor.features
-    segmenter.set_image(image)
-    assert not torch.equal(segmenter.predictor.features, blank)
-
-
-def test_several_boxes_unite(scene, segmenter):
+def test_several_boxes_unite_and_none_give_an_empty_mask(scene, segmenter):
     image, objects = scene
     segmenter.set_image(image)
     prompts = prompts_of(objects)[:2]
-    one, two = (mask for mask, _ in segmenter.segment(prompts))
-    assert (segmenter.segment_union(prompts)[0] == (one | two)).all()
+    (one, score), (two, other) = segmenter.segment(prompts)
+    (union, mean), (none, zero) = segmenter.segment_all([prompts, []])
+    assert (union == (one | two)).all() and math.isclose(mean, (score + other) / 2)
+    assert none.shape == (128, 128) and not none.any() and zero == 0
 
 
 def test_masks_come_at_the_size_of_a_non_square_image(segmenter):
@@ -700,27 +608,22 @@ def test_masks_come_at_the_size_of_a_non_square_image(segmenter):
 def test_files_that_are_no_sam_are_refused_by_name(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    torch.save(open, tmp_path / "code.pth")
-    for name, message in {
-        "none.pth": "does not exist",
-        "text.pth": "not a file of SAM weights",
-        "other.pth": "holds no SAM",
-        "code.pth": "not a file of SAM weights",
-    }.items():
-        with pytest.raises(InputError, match=message):
+    torch.save(open, tmp_path / "code.pth")  # what would run code
+    for name in ("none.pth", "text.pth", "other.pth", "code.pth"):
+        with pytest.raises(InputError, match=f"{name} cannot be loaded .*: expected vit_b"):
             sampler.load_sam(tmp_path / name)
 
 
 def test_the_published_sam_is_recognised_by_its_weights(tmp_path):
     from segment_anything import sam_model_registry
 
-    state = sam_model_registry["vit_b"]().state_dict()
+    with torch.device("meta"):
+        shapes = {name: w.shape for name, w in sam_model_registry["vit_b"]().state_dict().items()}
+    state = {name: torch.full((1,), 0.5).expand(shape) for name, shape in shapes.items()}
     torch.save(state, tmp_path / "any_name.pth")
     loaded = sampler.load_sam(tmp_path / "any_name.pth")
     assert len(loaded.image_encoder.blocks) == 12 and not loaded.training
-    assert torch.equal(
-        loaded.state_dict()["mask_decoder.iou_token.weight"], state["mask_decoder.iou_token.weight"]
-    )
+    assert (loaded.state_dict()["mask_decoder.iou_token.weight"] == 0.5).all()
 
 
 def test_mobile_sam_attends_with_its_own_biases():
@@ -729,10 +632,8 @@ def test_mobile_sam_attends_with_its_own_biases():
     pytest.importorskip("mobile_sam")
     if not weights.exists():
         pytest.skip("needs the real MobileSAM weights")
-    sam = sampler.load_sam(weights)
-    checked = 0
-    for module in sam.image_encoder.modules():
-        if hasattr(module, "attention_biases"):
-            assert torch.equal(module.ab, module.attention_biases[:, module.attention_bias_idxs])
-            checked += 1
-    assert checked > 5
+    modules = sampler.load_sam(weights).image_encoder.modules()
+    attention = [module for module in modules if hasattr(module, "attention_biases")]
+    assert len(attention) > 5
+    for module in attention:
+        assert torch.equal(module.ab, module.attention_biases[:, module.attention_bias_idxs])
