@@ -63,7 +63,7 @@ class InputError(ValueError):
 # What a damaged file or record can make a parser raise.
 PARSING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 PARSING_ERRORS += (ArithmeticError, AssertionError, EOFError, MemoryError, SyntaxError)
-PARSING_ERRORS += (ImportError, UnpicklingError, SafetensorError, struct.error)
+PARSING_ERRORS += (ImportError, StopIteration, UnpicklingError, SafetensorError, struct.error)
 
 
 def one_line(error):

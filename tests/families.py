@@ -1,7 +1,4 @@
-"""Small models of every family, randomly initialised, with processors of their own: no downloads.
-
-The tokenizer is that of assets/tiny_vlm, with the family's special tokens added.
-"""
+"""Small models of every family: random weights, the tokenizer of assets/tiny_vlm, no downloads."""
 
 import torch
 import transformers as hf
@@ -13,15 +10,14 @@ from assets.make_tiny import CHAT_TEMPLATE
 QWEN = ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"]
 TILED = ["InternVL", "Llava", "LlavaNext", "LlavaOnevision"]
 SIDE, PATCH = 28, 7  # pixels of a tile, and of a patch of it: 4 x 4 patches
+SQUARE = {"height": SIDE, "width": SIDE}
 GRIDS = [[28, 56], [56, 28], [56, 56], [28, 84]]  # of tiles, in pixels (height, width)
 
-PART = "{{% for part in message.content %}}{{% if part.type == 'image' %}}{image}{{% else %}}"
-PART += "{{{{ part.text }}}}{{% endif %}}{{% endfor %}}"
-CHATML = "{{% for message in messages %}}<|im_start|>{{{{ message.role }}}}\n" + PART
-CHATML += "<|im_end|>\n{{% endfor %}}<|im_start|>assistant\n"
-VICUNA = "{{% for message in messages %}}USER: " + PART + "{{% endfor %}} ASSISTANT:"
-
-SMALL = {"hidden_size": 32, "intermediate_size": 64}  # a vision tower
+PART = "{% for part in message.content %}{% if part.type == 'image' %}IMAGE\n{% else %}"
+PART += "{{ part.text }}{% endif %}{% endfor %}"
+CHATML = "{% for message in messages %}<|im_start|>{{ message.role }}\n" + PART
+CHATML += "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+VICUNA = "{% for message in messages %}USER: " + PART + "{% endfor %} ASSISTANT:"
 
 
 def small_policy(kind, tokenizer=None):
@@ -32,23 +28,21 @@ def small_policy(kind, tokenizer=None):
     else:
         processor = tiled_processor(kind)
         text, vision, more = tiled_config(kind, processor)
+    text |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    text["vocab_size"] = max(len(processor.tokenizer), 1000)
+    text["pad_token_id"] = processor.tokenizer.pad_token_id
+    text["eos_token_id"] = processor.tokenizer.eos_token_id
     config = getattr(hf, f"{kind}Config")(text_config=text, vision_config=vision, **more)
     torch.manual_seed(0)
     return getattr(hf, f"{kind}ForConditionalGeneration")(config).eval(), processor
 
 
-def saved_policy(kind, folder, tokenizer=None):
+def saved_policy(kind, folder):
     """`folder`, with a small policy in it."""
-    for part in small_policy(kind, tokenizer):
+    for part in small_policy(kind):
         part.save_pretrained(folder)
     return str(folder)
-
-
-def text_config(tokenizer, **more):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return {"vocab_size": max(len(tokenizer), 1000), **sizes, **heads, **ends, **more}
 
 
 def qwen_processor(kind, tokenizer):
@@ -63,17 +57,18 @@ def qwen_processor(kind, tokenizer):
 def qwen_config(kind, processor):
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     vision = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    newer = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
     vision |= {
         "Qwen2VL": {"embed_dim": 32, "hidden_size": 64, "patch_size": 14, "mlp_ratio": 2},
-        "Qwen2_5_VL": {**SMALL, "out_hidden_size": 64}
-        | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
-        "Qwen3VL": {**SMALL, "out_hidden_size": 64}
-        | {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        "Qwen2_5_VL": {**newer, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
+        "Qwen3VL": {**newer, "patch_size": 16, "num_position_embeddings": 64}
+        | {"deepstack_visual_indexes": [0]},
     }[kind]
     ids = processor.tokenizer.convert_tokens_to_ids
-    tokens = {f"{n}_token_id": ids(f"<|{n}|>") for n in ("vision_start", "vision_end")}
-    tokens |= {f"{n}_token_id": ids(f"<|{n}_pad|>") for n in ("image", "video")}
-    return text_config(processor.tokenizer, rope_parameters=rope), vision, tokens
+    tokens = {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+    tokens |= {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    more = {f"{name}_token_id": ids(token) for name, token in tokens.items()}
+    return {"rope_parameters": rope}, vision, more
 
 
 def tiled_processor(kind):
@@ -85,27 +80,25 @@ def tiled_processor(kind):
         "LlavaOnevision": {"image_token": "<image>", "video_token": "<video>"},
     }.get(kind, {"image_token": "<image>"})
     tokenizer = hf.AutoTokenizer.from_pretrained(TINY, extra_special_tokens=names)
-    square = {"height": SIDE, "width": SIDE}
     if kind == "InternVL":
-        images = hf.GotOcr2ImageProcessor(size=square, min_patches=1, max_patches=4)
-        video = hf.InternVLVideoProcessor(size=square)
-        template = CHATML.format(image="<IMG_CONTEXT>\n")
+        images = hf.GotOcr2ImageProcessor(size=SQUARE, min_patches=1, max_patches=4)
+        video = hf.InternVLVideoProcessor(size=SQUARE)
+        template = CHATML.replace("IMAGE", "<IMG_CONTEXT>")
         return hf.InternVLProcessor(images, tokenizer, video, 4, chat_template=template)
     if kind == "LlavaOnevision":
-        images = hf.LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=GRIDS)
+        images = hf.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=GRIDS)
+        video = hf.LlavaOnevisionVideoProcessor(size=SQUARE)
         options = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
-        video = hf.LlavaOnevisionVideoProcessor(size=square)
-        options |= {"chat_template": CHATML.format(image="<image>\n")}
+        options["chat_template"] = CHATML.replace("IMAGE", "<image>")
         return hf.LlavaOnevisionProcessor(images, tokenizer, video, **options)
     # as Llama's tokenizer does: a token of its own at the beginning
-    start = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[start]
-    )
+    start = [("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))]
+    start = TemplateProcessing(single="<|im_start|> $A", special_tokens=start)
+    tokenizer.backend_tokenizer.post_processor = start
     options = {"patch_size": PATCH, "vision_feature_select_strategy": "default"}
-    options |= {"num_additional_image_tokens": 1}
-    options |= {"chat_template": VICUNA.format(image="<image>\n")}
-    images = {"size": {"shortest_edge": SIDE}, "crop_size": square}
+    options["chat_template"] = VICUNA.replace("IMAGE", "<image>")
+    options["num_additional_image_tokens"] = 1
+    images = {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE}
     if kind == "Llava":
         return hf.LlavaProcessor(hf.CLIPImageProcessor(**images), tokenizer, **options)
     images = hf.LlavaNextImageProcessor(**images, image_grid_pinpoints=GRIDS)
@@ -113,10 +106,9 @@ def tiled_processor(kind):
 
 
 def tiled_config(kind, processor):
-    language = {"Llava": "llama", "LlavaNext": "mistral"}.get(kind, "qwen2")
-    text = text_config(processor.tokenizer, model_type=language)
-    vision = {**SMALL, "num_hidden_layers": 3, "num_attention_heads": 2}
-    vision |= {"image_size": SIDE, "patch_size": PATCH}
+    text = {"model_type": {"Llava": "llama", "LlavaNext": "mistral"}.get(kind, "qwen2")}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    vision |= {"num_attention_heads": 2, "image_size": SIDE, "patch_size": PATCH}
     more = {"image_token_id": processor.image_token_id, "tie_word_embeddings": False}
     if kind == "InternVL":
         vision |= {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]}

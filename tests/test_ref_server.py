@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from unittest.mock import Mock
 
 import numpy as np
@@ -53,9 +53,8 @@ def own(tiny, question):
 @pytest.fixture(scope="module")
 def good(question):
     """The tensors of a good request."""
-    prompt, completions, mask, temperature = question
-    temperature = torch.tensor(temperature)
-    return {**prompt, "completions": completions, "mask": mask, "temperature": temperature}
+    prompt, completions, mask, _ = question
+    return {**prompt, "completions": completions, "mask": mask, "temperature": torch.tensor(0.9)}
 
 
 def reference(port, identity, patience=5):
@@ -70,8 +69,7 @@ def test_the_server_gives_the_log_probs_of_the_model_it_serves(port, identity, q
 
 
 def test_eight_clients_get_their_own_answers(port, tiny, identity, question):
-    prompt, completions, mask, _ = question
-    questions = []
+    questions, (prompt, completions, mask, _) = [], question
     for temperature in (0.5, 0.9, 2.0):
         questions.append((prompt, completions, mask, temperature))
         for row in range(2):
@@ -100,21 +98,17 @@ def test_many_clients_that_come_at_once_do_not_wait_for_a_second(port):
 
 def exchange(port, raw, hangs_up=False):
     """Bytes in, bytes out; the sending side is closed behind them, or the whole connection."""
+    answer = b""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        answer = b""
-        try:
+        with suppress(OSError):  # it has answered and hung up before reading all
             connection.sendall(raw)
             if hangs_up:
                 linger = struct.pack("ii", 1, 0)
                 return connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             connection.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # it has answered and hung up before reading all
-        try:
+        with suppress(ConnectionResetError):
             while part := connection.recv(65536):
                 answer += part
-        except ConnectionResetError:
-            pass
     return answer
 
 
@@ -127,12 +121,11 @@ def post(port, body, path="/logps", method="POST", length=None, extra=""):
 
 
 def broken_requests(good, image_token, vocabulary):
-    """About 75 (name, keyword arguments of `post`), none of them a good request."""
+    """About 80 (name, keyword arguments of `post`), none of them a good request."""
     body, ids = save(good), good["input_ids"]
-    for share in (0, 0.001, 0.999):
-        part = body[: int(share * len(body))]
-        yield f"{share} of the body, honest length", {"body": part}
-        yield f"{share} of the body", {"body": part, "length": len(body)}
+    for size in (0, 900, len(body) - 9):
+        yield f"{size} bytes", {"body": body[:size]}
+        yield f"{size} bytes of {len(body)}", {"body": body[:size], "length": len(body)}
     header = {"mask": {"dtype": "I64", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}
     header = json.dumps(header).encode()
     bodies = [pickle.dumps(good), pickle.dumps(os.system), random.Random(0).randbytes(2000)]
@@ -141,7 +134,6 @@ def broken_requests(good, image_token, vocabulary):
         yield f"no tensors {number}", {"body": content}
     for name in good:
         yield f"without {name}", {"body": save({k: v for k, v in good.items() if k != name})}
-
     changes = [{name: good[name].to(torch.complex64)} for name in good]
     changes += [{name: torch.cat([good[name].flatten()] * 3)} for name in good]
     for name in ("input_ids", "completions"):
@@ -149,17 +141,15 @@ def broken_requests(good, image_token, vocabulary):
             changes.append({name: good[name].index_fill(1, torch.tensor(5), token)})
     for grid in ([0, 16, 16], [1, -16, 16], [1, 2**40, 2], [1, 15, 15], [1, 1, 256]):
         changes.append({"image_grid_thw": torch.tensor([grid, [1, 16, 16]])})
-    changes += [{"temperature": torch.tensor(number)} for number in (0.0, -1.0, np.nan, np.inf)]
+    for number in (0.0, -1.0, np.nan, np.inf, 1e-45):
+        changes.append({"temperature": torch.tensor(number)})
     changes += [{"temperature": torch.tensor(0.9).to(torch.float8_e5m2)}]
-    changes += [{"temperature": torch.tensor(1e-45)}]  # log-probs overflow
     changes += [{"pixel_values": torch.full_like(good["pixel_values"], x)} for x in (1e38, np.nan)]
-    padded_right = (torch.arange(ids.shape[1]) < 90).long().expand_as(ids).contiguous()
-    padded_image = (torch.arange(ids.shape[1]) > 40).long().expand_as(ids).contiguous()
-    masks = padded_right, padded_image, 2 * good["attention_mask"]
-    changes += [{"attention_mask": mask} for mask in masks] + [{"video": torch.zeros(1)}]
-    for shape in ((260_000, 1), (6, 9000)):  # too much for the memory
-        mask = torch.ones(shape, dtype=torch.bool)
-        changes.append({"completions": torch.zeros(shape, dtype=torch.int64), "mask": mask})
+    places = torch.arange(ids.shape[1]).expand_as(ids)
+    masks = places < 90, places > 40, 2 * good["attention_mask"]  # on the right, on image tokens
+    changes += [{"attention_mask": mask.long()} for mask in masks] + [{"video": torch.zeros(1)}]
+    for ones in (torch.ones(260_000, 1), torch.ones(6, 9000)):  # too much for the memory
+        changes.append({"completions": ones.long(), "mask": ones.bool()})
     for tensors in changes:
         yield f"changed {tensors}", {"body": save(good | tensors)}
 
@@ -171,16 +161,15 @@ def broken_requests(good, image_token, vocabulary):
         yield f"head {str(change)[:30]}", {"body": body, **change}
 
 
-def test_malformed_requests_get_a_line_each_and_a_good_one_succeeds(port, tiny, good, own):
-    vocabulary, count = tiny[0].get_input_embeddings().num_embeddings, 0
-    for name, request in broken_requests(good, tiny[1].image_token_id, vocabulary):
+def test_malformed_requests_get_a_line_each_and_a_good_one_works(port, tiny, identity, good, own):
+    requests = [*broken_requests(good, tiny[1].image_token_id, identity["vocab_size"])]
+    for name, request in requests:
         status, answer = post(port, **request)
         assert status and 400 <= status < 500, (name, status, answer)
         if "HEAD" not in name:
             assert answer.count(b"\n") == 1 and answer.endswith(b"\n") and len(answer) > 9, name
-        count += 1
     status, answer = post(port, save(good))
-    assert status == 200 and (load(answer)["logps"] - own).abs().max() < 1e-5 and count > 60
+    assert status == 200 and (load(answer)["logps"] - own).abs().max() < 1e-5
 
 
 def test_other_types_of_the_same_numbers_do(port, good, own):
@@ -200,10 +189,8 @@ def test_a_request_that_is_too_large_is_named_though_it_was_not_read(port, ident
 
 
 # ------------------------------------------------------------------------- fuzzing
-# A good request with a few things changed at random: tensors, bytes of safetensors, or the head.
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2)
-DTYPES += (torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint64)
+DTYPES = [torch.float64, torch.float16, torch.float8_e5m2, torch.int32, torch.uint16, torch.bool]
 REAL = (0.0, -1.0, 1e-45, 1e-40, 1e-30, 1e-4, 1e9, 1e38, -1e38, float("inf"), float("nan"))
 WHOLE = (0, 1, -1, 2, 4, 8, 32, 255, 2**15, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
 WORDS = (b"0", b"3", b"-1", b"1.5", b"%d" % 2**31, b"%d" % 2**62, b"%d" % 2**64, b"null", b"[", b"")
@@ -220,11 +207,11 @@ def change_tensors(tensors, tokens, rng):
     if kind == 1:
         name = rng.choice(["", "video", "\n", "é" * 9, "mask\0"])
     elif kind == 2:
-        value = value.to(rng.choice([*DTYPES, torch.bool]))
+        value = value.to(rng.choice(DTYPES))
     elif kind == 3:
         value = rng.choice([value.flatten(), value[None], value.flatten()[:1].squeeze()])
     elif kind == 4 and value.dim():
-        value = value.narrow(side, 0, min(len(value), rng.choice([0, 1, value.shape[side] // 2])))
+        value = value.narrow(side, 0, min(value.shape[side], rng.choice([0, 1, 9])))
     elif kind == 5 and value.dim():
         value = rng.choice([value.flip(side), torch.cat([value] * rng.choice([2, 3, 7]), side)])
     elif value.numel() and value.dtype in (torch.int64, torch.float32):
@@ -320,19 +307,15 @@ def serving(model, processor, port=0):
 def other():
     """(model, processor): the tiny model, but for one weight."""
     model, processor = sampler.load_policy()
-    with torch.no_grad():
-        model.get_input_embeddings().weight[0, 0] += 1
+    model.get_input_embeddings().weight.data[0, 0] += 1
     return model, processor
 
 
-@pytest.mark.parametrize(
-    "key, value", [("fingerprint", "0" * 16), ("dtype", "bfloat16"), ("vocab_size", 1)]
-)
-def test_a_reference_with_another_model_is_refused(port, identity, key, value):
-    with pytest.raises(InputError) as error:
-        reference(port, identity | {key: value})
-    line, command = str(error.value), f"python ref_server.py --model_path {TINY} --dtype"
-    assert f"has {key} {identity[key]}" in line and str(value) in line and command in line
+@pytest.mark.parametrize("key", ["fingerprint", "dtype", "vocab_size"])
+def test_a_reference_with_another_model_is_refused(port, identity, key):
+    command = f"python ref_server.py --model_path {TINY} --dtype"
+    with pytest.raises(InputError, match=f"has {key} {identity[key]}, .* mine: .*{command}"):
+        reference(port, identity | {key: "mine"})
 
 
 def test_a_server_that_comes_back_with_another_model_is_noticed(tiny, other, identity, question):
@@ -369,19 +352,12 @@ def test_a_token_keeps_others_out(tiny, identity, question, monkeypatch):
         assert b" 401 " in exchange(port, b"GET /health HTTP/1.1\r\n\r\n")
 
 
-@pytest.mark.parametrize(
-    "error, words",
-    [
-        (RuntimeError("CUDA error:\nfirst line"), "CUDA error: first line"),
-        (torch.OutOfMemoryError("99 GB"), "99 GB.*--batch_size"),
-        (StopIteration(), "StopIteration"),  # image tokens in two parts
-    ],
-)
-def test_what_a_model_raises_is_an_answer(tiny, identity, question, monkeypatch, error, words):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA:\n9 GB"), StopIteration()])
+def test_what_a_model_raises_is_an_answer(tiny, identity, question, monkeypatch, error):
     with serving(*tiny) as port:
         client = reference(port, identity, patience=1)
         monkeypatch.setattr(sampler, "completion_logps", Mock(side_effect=error))
-        with pytest.raises(InputError, match=f"refused /logps .*400.*{words}"):
+        with pytest.raises(InputError, match=f"400, .*{sampler.one_line(error)}.*--batch_size"):
             client.logps(*question)
         monkeypatch.undo()
         assert client.logps(*question).isfinite().all()
@@ -392,11 +368,12 @@ def test_a_server_finishes_its_answer_after_a_signal(other, question, monkeypatc
     """`main` runs here, in the main thread, as signals arrive there."""
     with serving(*other) as port:
         client = reference(port, ref_server.model_identity(*other, "runs/other"), patience=20)
-    score, handlers = sampler.completion_logps, {n: signal.getsignal(n) for n in (2, 15)}
+    handlers = {n: signal.signal(n, Mock(side_effect=AssertionError)) for n in (2, 15)}
+    score = sampler.completion_logps
 
     def interrupted(*inputs):
         os.kill(os.getpid(), number)
-        time.sleep(0.3)
+        time.sleep(1)
         return score(*inputs)
 
     monkeypatch.setattr(sampler, "load_policy", lambda *_: other)
@@ -408,11 +385,11 @@ def test_a_server_finishes_its_answer_after_a_signal(other, question, monkeypatc
         finally:
             for name, handler in handlers.items():
                 signal.signal(name, handler)
-        assert (found.result() - score(other[0], *question)).abs().max() < 1e-5
+        assert (found.result(0.4) - score(other[0], *question)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("port_of", [lambda used: used, lambda used: 99999])
-def test_a_port_that_cannot_be_had_ends_in_one_line(port, other, port_of, monkeypatch):
+def test_a_port_that_cannot_be_had_ends_in_one_line(port, other, monkeypatch):
     monkeypatch.setattr(sampler, "load_policy", lambda *_: other)
-    with pytest.raises(InputError, match="--port"):
-        ref_server.main(ref_server.get_args(["--port", str(port_of(port))]))
+    for number in (port, 99999):  # in use, and none
+        with pytest.raises(InputError, match="--port"):
+            ref_server.main(ref_server.get_args(["--port", str(number)]))

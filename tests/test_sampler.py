@@ -9,6 +9,7 @@ import torch
 from conftest import SHARED
 from families import QWEN, TILED, saved_policy, small_policy
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import data
 import sampler
@@ -31,10 +32,15 @@ def test_the_grid_has_the_cells_that_the_formula_says():
     assert len(sampler.grid_points(BOX, 100, 200, k_min=4, k_max=4)) == 16  # a fixed one
 
 
-def test_random_points_lie_in_the_box():
-    points = sampler.random_points(BOX, 500, np.random.default_rng(0))
-    assert points.shape == (500, 2)
-    assert (points >= BOX[:2]).all() and (points <= BOX[2:]).all() and points.std(0).min() > 2
+def test_random_points_and_jittered_boxes_keep_to_their_bounds():
+    rng = np.random.default_rng(0)
+    points = sampler.random_points(BOX, 500, rng)
+    assert points.shape == (500, 2) and points.std(0).min() > 2
+    assert (points >= BOX[:2]).all() and (points <= BOX[2:]).all()
+    boxes = np.array([sampler.jitter_box((0, 10, 50, 30), 60, 35, rng, 0.2) for _ in range(300)])
+    assert (boxes >= 0).all() and (boxes <= [60, 35, 60, 35]).all()
+    assert (np.abs(boxes - [0, 10, 50, 30]).max(0) <= np.array([10, 4, 10, 4]) + 1e-9).all()
+    assert np.unique(boxes[:, 2]).size > 100
 
 
 def test_points_are_looked_up_at_y_x_and_outside_counts_as_off():
@@ -44,14 +50,6 @@ def test_points_are_looked_up_at_y_x_and_outside_counts_as_off():
     assert sampler.label_points(points, mask).tolist() == [1, 0, 0, 0, 1, 0]
 
 
-def test_a_jittered_box_moves_each_edge_within_its_bounds():
-    rng = np.random.default_rng(0)
-    boxes = np.array([sampler.jitter_box((0, 10, 50, 30), 60, 35, rng, 0.2) for _ in range(300)])
-    assert (boxes >= 0).all() and (boxes <= [60, 35, 60, 35]).all()
-    assert (np.abs(boxes - [0, 10, 50, 30]).max(0) <= np.array([10, 4, 10, 4]) + 1e-9).all()
-    assert np.unique(boxes[:, 2]).size > 100
-
-
 def test_labels_in_doubt_are_dropped():
     assert sampler.is_confident([0.9, 0.89, 0.99]).tolist() == [True, False, True]
 
@@ -59,17 +57,23 @@ def test_labels_in_doubt_are_dropped():
 # ------------------------------------------------------------------------- generation
 
 
-def kinds(*names):
-    return pytest.mark.parametrize("policy", names, indirect=True)
+def fresh(kind):
+    """(model, processor): assets/tiny_vlm, a small one of a family, one with a real tokenizer."""
+    if kind != "real tokenizer":
+        return sampler.load_policy() if kind == "tiny" else small_policy(kind)
+    folder = SHARED / "tokenizers" / "qwen3"
+    if not folder.exists():
+        pytest.skip("needs the real Qwen3 tokenizer")
+    return small_policy("Qwen3VL", AutoTokenizer.from_pretrained(folder))
 
 
-@pytest.fixture
-def policy(request, tiny):
-    """(model, processor) of a family, or of assets/tiny_vlm."""
-    return tiny if request.param == "tiny" else small_policy(request.param)
+@pytest.fixture(scope="module", params=["tiny", *QWEN, *TILED, "real tokenizer"])
+def policy(request):
+    """One of all kinds. Not to be changed by a test."""
+    return fresh(request.param)
 
 
-def random_images(sizes):
+def random_images(*sizes):
     rng = np.random.default_rng(1)
     return [Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)) for size in sizes]
 
@@ -101,58 +105,44 @@ def test_a_batch_answers_like_each_prompt_alone(tiny):
 
 def test_label_probabilities_equal_a_second_forward_pass(tiny, monkeypatch):
     """On the very tokens that were generated: the text, tokenised again, may give others."""
-    model, processor = tiny
-    images, prompts = ask(think=True)
-    batch, decoded, decode = data.collate(processor, images, prompts), [], sampler.decode
+    (model, processor), (images, prompts), decoded = tiny, ask(think=True), []
+    decode, stop = sampler.decode, processor.tokenizer.eos_token_id
     monkeypatch.setattr(sampler, "decode", lambda *a: decoded.append(decode(*a)) or decoded[0])
     answers = answer(model, processor, images, prompts, 40)
-    added, kept = decoded[0][0], decoded[0][1].long()
-    longer = {"input_ids": torch.cat([batch["input_ids"], added], 1)}
-    longer["attention_mask"] = torch.cat([batch["attention_mask"], kept], 1)
-    longer["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], 0 * added], 1)
+    ids, mask = (tensor.clone() for tensor in decoded[0][:2])
     with torch.no_grad():
-        logits = model(**{**batch, **longer}).logits[:, batch["input_ids"].shape[1] - 1 : -1]
-    again = logits.softmax(-1).gather(2, added[..., None])[..., 0]  # (B, C)
-    for (text, probs), row, expected in zip(answers, added.tolist(), again):
+        again = padded_logps(model, data.collate(processor, images, prompts), ids, mask, 1.0).exp()
+    for (text, probs), row, expected in zip(answers, ids.tolist(), again):
         assert len(text) == len(probs) > 0
-        stop = processor.tokenizer.eos_token_id
-        row = row[: row.index(stop)] if stop in row else row
+        row = row[: (row + [stop]).index(stop)]
         lengths = [len(processor.tokenizer.decode([token])) for token in row]
         spread = np.repeat(expected[: len(row)].numpy(), lengths)
         assert np.abs(spread - probs).max() < 1e-4
 
 
-@kinds("tiny", *QWEN, *TILED)
-def test_a_prompt_read_in_two_parts_is_the_prompt(policy):
-    """Two prompts behind one image, another behind an image of another size, in another order."""
+def test_a_prompt_prefilled_in_two_parts_is_the_prompt(policy):
+    """Two prompts behind one image, another behind an image of another size, in another order;
+    markup in a phrase is none."""
     model, processor = policy
-    images = random_images([(128, 128), (160, 64)])
-    prompts = [data.box_prompt(phrase) for phrase in ("a ship", "the one left of it", "a house")]
-    rows = [1, 0, 1]
+    images, rows = random_images((128, 128), (160, 64)), [1, 0, 1]
+    phrases = "a ship", f"the one left of {processor.image_token}", "a house"
+    prompts = [data.box_prompt(phrase) for phrase in phrases]
     whole = data.collate(processor, [images[row] for row in rows], prompts)
     prefix = sampler.prefill(model, data.collate_images(processor, images))
     apart = sampler.extend(model, prefix, rows, data.collate_text(processor, prompts))
     together = sampler.prefill(model, whole)
     assert torch.allclose(apart.last_hidden, together.last_hidden, atol=1e-4)
     assert (apart.next_position == together.next_position).all()
-    ids, *_ = sampler.decode(model, processor, apart, 1, 12, 0.0)
-    eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
-    options = {"suppress_tokens": sampler.vision_token_ids(model, processor), "eos_token_id": eos}
-    if not hasattr(model.model, "get_rope_index"):  # generate takes what a signature names
-        whole.pop("mm_token_type_ids")
-    expected = model.generate(
-        **whole, do_sample=False, max_new_tokens=12, pad_token_id=pad, **options
-    )[:, whole["input_ids"].shape[1] :]
-    assert ids.tolist() == expected.tolist()
     # the images can be extended again
     assert prefix.attention_mask.shape[1] == prefix.cache.get_seq_length()
-
-
-def test_a_missing_model_is_one_clear_line(tmp_path):
-    message = "no model at .*nowhere: that folder does not exist"
-    with pytest.raises(InputError, match=message) as error:
-        sampler.load_policy(tmp_path / "nowhere")
-    assert "\n" not in str(error.value)
+    ids, *_ = sampler.decode(model, processor, apart, 1, 12, 0.0)
+    if not hasattr(model.model, "get_rope_index"):  # generate takes what a signature names
+        whole.pop("mm_token_type_ids")
+    names = ("eos_token_id", "pad_token_id")
+    options = {name: getattr(processor.tokenizer, name) for name in names}
+    options["suppress_tokens"] = sampler.vision_token_ids(model, processor)
+    expected = model.generate(**whole, do_sample=False, max_new_tokens=12, **options)
+    assert ids.tolist() == expected[:, whole["input_ids"].shape[1] :].tolist()
 
 
 # ------------------------------------------------------------------------- groups
@@ -160,10 +150,20 @@ def test_a_missing_model_is_one_clear_line(tmp_path):
 
 def unlike_prompts(processor, count=3):
     """Inputs of `count` prompts of unlike lengths, with and without reasoning, on unlike images."""
-    images = random_images([(128, 128), (96, 160), (160, 64)][:count])
+    images = random_images((128, 128), (96, 160), (160, 64))
     points = data.point_prompt("a white house", np.arange(18).reshape(9, 2) * 50)
     prompts = [data.box_prompt("a ship", think=True), points, data.box_prompt("the one left of it")]
-    return data.collate(processor, images, prompts[:count])
+    return data.collate(processor, images[:count], prompts[:count])
+
+
+def sample(model, processor, group, length, temperature, count=3):
+    """Unlike prompts, and the ids, mask and log-probs of completions sampled behind them."""
+    prompt = unlike_prompts(processor, count)
+    torch.manual_seed(0)
+    return prompt, *sampler.sample_group(model, processor, prompt, group, length, temperature)
+
+
+score = torch.no_grad()(sampler.completion_logps)
 
 
 def padded_logps(model, prompt, completions, mask, temperature):
@@ -184,20 +184,18 @@ def padded_logps(model, prompt, completions, mask, temperature):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_shared_prefix_gives_what_the_padded_batch_gives(kind, checkpointing):
     """Log-probs and gradients, for completions of unlike lengths behind unlike prompts."""
-    model, processor = sampler.load_policy() if kind == "tiny" else small_policy(kind)
-    prompt = unlike_prompts(processor)
-    torch.manual_seed(0)
+    model, processor = fresh(kind)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
-    completions, mask, _ = sampler.sample_group(model, processor, prompt, 4, 13, 1.5)
+    prompt, completions, mask, _ = sample(model, processor, 4, 13, 1.5)
     mask = mask & (torch.arange(13) < torch.tensor([13, 1, 5, 9] * 3)[:, None])
     adv = torch.randn(12, 1)
     assert model.training == checkpointing
     results = []
-    for score in (sampler.completion_logps, padded_logps):
+    for logps in (sampler.completion_logps, padded_logps):
         model.zero_grad()
-        logp = score(model, prompt, completions, mask, 0.9)
+        logp = logps(model, prompt, completions, mask, 0.9)
         (logp * adv).sum().backward()
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         results.append((logp.detach(), grads))
@@ -209,78 +207,48 @@ def test_the_shared_prefix_gives_what_the_padded_batch_gives(kind, checkpointing
     assert norm > 0.1 and difference / norm < 1e-5
 
 
-def test_the_shared_prefix_encodes_an_image_once(tiny, monkeypatch):
-    model, processor = tiny
-    prompt, encoded = unlike_prompts(processor), []
-    encode = type(model.model).get_image_features
-    monkeypatch.setattr(
-        type(model.model),
-        "get_image_features",
-        lambda self, pixels, *a, **k: encoded.append(len(pixels)) or encode(self, pixels, *a, **k),
-    )
-    mask = torch.ones(24, 5, dtype=torch.bool)
-    with torch.no_grad():
-        sampler.completion_logps(model, prompt, mask.long(), mask)
-        sampler.sample_group(model, processor, prompt, 8, 3)
-    assert encoded == [len(prompt["pixel_values"])] * 2
-
-
-@kinds("tiny", "Qwen2_5_VL", "Qwen3VL", *TILED)
 def test_sampling_gives_the_log_probs_that_scoring_gives(policy):
-    model, processor = policy
-    prompt = unlike_prompts(processor)
-    torch.manual_seed(0)
-    ids, mask, logp = sampler.sample_group(model, processor, prompt, 5, 24, temperature=1.7)
+    prompt, ids, mask, logp = sample(*policy, 5, 24, 1.7)
     assert ids.shape == mask.shape == logp.shape == (15, ids.shape[1])
     assert len({tuple(row) for row in ids.tolist()}) > 10  # they differ
-    with torch.no_grad():
-        scored = sampler.completion_logps(model, prompt, ids, mask, temperature=1.7)
+    scored = score(policy[0], prompt, ids, mask, 1.7)
     assert (logp - scored).abs().max() < 1e-4 and (logp[mask] < 0).any()
 
 
 def test_finished_completions_leave_the_batch(tiny, monkeypatch):
     """What is left is what it would have been: the log-probs are those of scoring."""
-    model, processor = tiny
-    prompt, fed, forward = unlike_prompts(processor), [], type(model.model).forward
+    model, fed, forward = tiny[0], [], type(tiny[0].model).forward
 
     def count(self, *args, **inputs):
         fed.append(inputs["input_ids"].numel())
         return forward(self, *args, **inputs)
 
     monkeypatch.setattr(type(model.model), "forward", count)
-    torch.manual_seed(0)
-    ids, mask, logp = sampler.sample_group(model, processor, prompt, 6, 60, 1.2)
+    prompt, ids, mask, logp = sample(*tiny, 6, 60, 1.2)
     expected = [18]
     for alive in mask.view(3, 6, -1).unbind(2)[1:]:  # (B, G) at every step but the first
         needed = int(alive.any(1).sum() * alive.sum(1).max())
         expected.append(needed if needed <= 0.75 * expected[-1] else expected[-1])
     assert fed[1:] == expected[1:] and fed[-1] < 18
-    with torch.no_grad():
-        scored = sampler.completion_logps(model, prompt, ids, mask, 1.2)
-    assert (logp - scored).abs().max() < 1e-4
+    assert (logp - score(model, prompt, ids, mask, 1.2)).abs().max() < 1e-4
 
 
 def test_the_end_of_sequence_counts_and_what_follows_does_not(tiny):
-    model, processor = tiny
-    prompt, end = unlike_prompts(processor), processor.tokenizer.eos_token_id
-    torch.manual_seed(0)
-    ids, mask, logp = sampler.sample_group(model, processor, prompt, 4, 40, 0.9)
+    end = tiny[1].tokenizer.eos_token_id
+    _, ids, mask, logp = sample(*tiny, 4, 40, 0.9)
     for row, kept, row_logp in zip(ids.tolist(), mask.tolist(), logp.tolist()):
         length = row.index(end) + 1  # after SFT-like pretraining every answer ends
         assert kept == [True] * length + [False] * (len(row) - length)
         assert not any(row_logp[length:])
     assert len({sum(kept) for kept in mask.tolist()}) > 1
-    cut, mask, _ = sampler.sample_group(model, processor, prompt, 4, 3, 0.9)
+    _, cut, mask, _ = sample(*tiny, 4, 3, 0.9)
     assert cut.shape == (12, 3) and mask.all() and not (cut == end).any()
 
 
 def test_a_group_is_sampled_from_the_models_distribution(tiny):
-    model, processor = tiny
-    prompt = unlike_prompts(processor, 1)
-    torch.manual_seed(0)
-    ids, _, logp = sampler.sample_group(model, processor, prompt, 4000, 1, temperature=3.0)
+    prompt, ids, _, logp = sample(*tiny, 4000, 1, 3.0, count=1)
     with torch.no_grad():
-        expected = (model(**prompt).logits[0, -1] / 3).softmax(-1)
+        expected = (tiny[0](**prompt).logits[0, -1] / 3).softmax(-1)
     found = torch.bincount(ids[:, 0], minlength=len(expected)) / 4000
     assert (found - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
     assert torch.allclose(logp[:, 0].exp(), expected[ids[:, 0]], rtol=1e-3)
@@ -290,7 +258,6 @@ VISION_TOKENS = {
     "Qwen3VL": "<|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|>",
     "InternVL": "<img> </img> <IMG_CONTEXT> <video>",
     "Llava": "<image>",
-    "LlavaNext": "<image>",
     "LlavaOnevision": "<image> <video>",
 }
 
@@ -304,7 +271,7 @@ def test_vision_tokens_are_never_sampled(kind):
     assert sorted(names) == sorted(VISION_TOKENS[kind].split())
     with torch.no_grad():  # a policy that likes nothing better
         model.lm_head.weight[vision] = 10 * model.lm_head.weight[vision].abs()
-    ids, mask, _ = sampler.sample_group(model, processor, unlike_prompts(processor), 8, 12, 5.0)
+    _, ids, *_ = sample(model, processor, 8, 12, 5.0)
     assert not torch.isin(ids, torch.tensor(vision)).any()
 
 
@@ -334,13 +301,11 @@ def test_in_bfloat16_a_fresh_policy_is_its_reference_to_the_bit():
     reference, processor = sampler.load_policy(dtype=torch.bfloat16)
     policy, _ = sampler.load_policy(dtype=torch.bfloat16)
     sampler.add_lora(policy, rank=4, alpha=8, dropout=0.0)
-    prompt = unlike_prompts(processor)
+    prompt, ids, mask, logp = sample(policy, processor, 4, 16, 0.9)
     assert (prompt["attention_mask"] == 0).any()
-    ids, mask, logp = sampler.sample_group(policy, processor, prompt, 4, 16, 0.9)
     scored = sampler.completion_logps(policy, prompt, ids, mask, 0.9)
     scored.sum().backward()
-    with torch.no_grad():
-        assert (sampler.completion_logps(reference, prompt, ids, mask, 0.9) == scored).all()
+    assert (score(reference, prompt, ids, mask, 0.9) == scored).all()
     assert scored.isfinite().all() and (scored - logp).abs().mean() < 0.05
     grads = [p.grad for p in policy.parameters() if p.grad is not None]
     assert len(grads) > 20 and all(grad.isfinite().all() for grad in grads)
@@ -348,50 +313,23 @@ def test_in_bfloat16_a_fresh_policy_is_its_reference_to_the_bit():
     assert texts == [text for text, _ in answer(reference, processor, *ask(), 8)] != [""] * 3
 
 
-def test_a_model_without_images_is_scored_from_plain_positions(tiny):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
-    config = Qwen2Config(vocab_size=1500, num_hidden_layers=2, num_key_value_heads=2, **sizes)
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config).eval()
-    attention = torch.tensor([[1] * 7, [0, 0] + [1] * 5])
-    prompt = {"input_ids": torch.randint(0, 380, (2, 7)), "attention_mask": attention}
-    ids, mask, _ = sampler.sample_group(model, tiny[1], prompt, 3, 6, 1.0)
-    wide = {key: value.repeat_interleave(3, 0) for key, value in prompt.items()}
-    seen = torch.cat([wide["attention_mask"], mask.long()], 1)
-    with torch.no_grad():
-        logits = model(
-            input_ids=torch.cat([wide["input_ids"], ids], 1),
-            attention_mask=seen,
-            position_ids=(seen.cumsum(1) - 1).clamp(min=0),
-        ).logits[:, 6:-1]
-        scored = sampler.completion_logps(model, prompt, ids, mask)
-    expected = logits.log_softmax(-1).gather(2, ids[..., None])[..., 0]
-    assert torch.allclose(scored[mask], expected[mask], atol=1e-5)
-
-
-@kinds("tiny", *TILED)
 def test_the_inputs_of_some_prompts_are_those_of_their_images(policy):
-    """Three images, cut into unlike numbers of tiles, each alone and selected from a batch."""
-    _, processor = policy
-    images = random_images([(100, 100), (40, 100), (100, 60)])
+    """Three images, cut into unlike numbers of tiles, each alone and from a batch."""
+    images, processor = random_images((100, 100), (40, 100), (100, 60)), policy[1]
     prompt = data.collate(processor, images, ["a ship"] * 3)
     for row, image in enumerate(images):
         alone = data.collate(processor, [image], ["a ship"])
-        selected = sampler.select_prompts(prompt, [row])
-        found, expected = selected.pop("pixel_values"), alone.pop("pixel_values")
-        if expected.dim() == 5:  # padded to the image that has most tiles
-            assert not found[:, expected.shape[1] :].any()
-            found = found[:, : expected.shape[1]]
-        assert torch.equal(found, expected)
+        selected = sampler.select_prompts(sampler.select_prompts(prompt, [2, 1, 0]), [2 - row])
+        assert selected.keys() == alone.keys()
         real = selected["attention_mask"][0].bool()
-        assert selected["input_ids"][0][real].tolist() == alone["input_ids"][0].tolist()
-        for name in alone.keys() & {"image_grid_thw", "image_sizes"}:
-            assert torch.equal(selected[name], alone[name])
-    both = sampler.select_prompts(prompt, [2, 1])
-    again, once = (sampler.select_prompts(*pair) for pair in ((both, [1]), (prompt, [1])))
-    assert again["pixel_values"].equal(once["pixel_values"])
+        for name, expected in alone.items():
+            found = selected[name]
+            if name == "pixel_values" and expected.dim() == 5:  # padded to the most tiles
+                assert not found[:, expected.shape[1] :].any()
+                found = found[:, : expected.shape[1]]
+            elif found.shape[1:] == real.shape:
+                found = found[:, real]
+            assert torch.equal(found, expected)
 
 
 # ------------------------------------------------------------------------- LoRA
@@ -405,10 +343,10 @@ def base(request, tmp_path_factory):
     return saved_policy(request.param, tmp_path_factory.mktemp("base"))
 
 
-def adapt(model, **options):
+def adapt(model, rank=8, alpha=16):
     """The model with LoRA that is no longer zero, and mergers that have moved."""
     torch.manual_seed(0)
-    sampler.add_lora(model, **{"rank": 8, "alpha": 16, "dropout": 0.0, **options})
+    sampler.add_lora(model, rank, alpha, dropout=0.0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "merger" in name or "projector" in name:
             parameter.data += 0.02 * torch.randn_like(parameter)
@@ -422,24 +360,18 @@ def adapted(base):
     return adapt(model), processor, data.collate(processor, *ask()), base
 
 
-only_tiny = pytest.mark.parametrize("base", ["tiny"], indirect=True)
-
-
 def logits_of(model, batch):
     with torch.no_grad():
         return model(**batch).logits
 
 
-@kinds("tiny", *TILED)
-def test_lora_starts_as_the_model_itself_and_trains_what_it_should(policy):
+@pytest.mark.parametrize("kind", ["tiny", *TILED])
+def test_lora_starts_as_the_model_itself_and_trains_what_it_should(kind):
     """Vision towers have layers of the same names (q_proj), which stay as they are."""
-    (model, processor), kind = policy, policy[0].config.model_type
-    if kind == "qwen3_vl":
-        model, _ = sampler.load_policy()
-    batch = data.collate(processor, *ask())
-    before = logits_of(model, batch)
-    merger = "merger" if kind == "qwen3_vl" else "projector"
+    model, processor = fresh(kind)
+    batch, merger = data.collate(processor, *ask()), "merger" if kind == "tiny" else "projector"
     expected = {name for name, _ in model.named_parameters() if merger in name}
+    before = logits_of(model, batch)
     sampler.add_lora(model, rank=8, alpha=16)
     assert torch.equal(logits_of(model, batch), before)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -455,19 +387,13 @@ def test_lora_is_merged_while_sampling_and_only_then(tiny):
     layers = [module for module in model.modules() if isinstance(module, sampler.LoRALinear)]
     for layer in layers:
         torch.nn.init.normal_(layer.lora_B.weight, std=0.05)
-    prompt = unlike_prompts(processor)
-    torch.manual_seed(0)
-    ids, mask, logp = sampler.sample_group(model.train(), processor, prompt, 4, 16, 0.9)
+    prompt, ids, mask, logp = sample(model.train(), processor, 4, 16, 0.9)
     assert model.training and all(layer.merged is None for layer in layers)
-    with torch.no_grad():
-        scored = sampler.completion_logps(model.eval(), prompt, ids, mask, 0.9)
-        base = sampler.completion_logps(tiny[0], prompt, ids, mask, 0.9)
+    scored, base = (score(m, prompt, ids, mask, 0.9) for m in (model.eval(), tiny[0]))
     assert (scored - logp).abs().max() < 1e-4 < 0.1 < (scored - base).abs().max()
 
 
 def test_the_merged_folder_gives_the_logits_of_the_adapted_model(adapted, tmp_path):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     model, processor, batch, _ = adapted
     expected = logits_of(model, batch)
     sampler.use_shared_prefix_attention(model)  # NOTE: other programs do not have it
@@ -494,16 +420,15 @@ def test_an_adapter_alone_gives_the_weights_of_the_merged_folder(base, dtype, tm
     assert sum(not value.equal(before[name]) for name, value in alone.items()) > 14
 
 
-@only_tiny
-def test_an_adapter_on_an_adapter_alone_is_loaded_too(adapted, tmp_path):
+def test_an_adapter_on_an_adapter_alone_is_loaded_too(tmp_path):
     """As after sft.py --no-merge and grpo.py --no-merge."""
-    model, _, batch, base = adapted
-    sampler.save_adapter(model, tmp_path / "sft" / "adapter", base)
+    first, processor = sampler.load_policy()
+    sampler.save_adapter(adapt(first), tmp_path / "sft" / "adapter", sampler.TINY_VLM)
     second = adapt(sampler.load_policy(tmp_path / "sft")[0], rank=4, alpha=8)
     sampler.save_adapter(second, tmp_path / "grpo" / "adapter", tmp_path / "sft")
-    loaded, _ = sampler.load_policy(tmp_path / "grpo")
+    loaded, batch = sampler.load_policy(tmp_path / "grpo")[0], data.collate(processor, *ask())
     assert torch.allclose(logits_of(loaded, batch), logits_of(second, batch), atol=1e-3)
-    assert not torch.allclose(logits_of(loaded, batch), logits_of(model, batch), atol=1e-2)
+    assert not torch.allclose(logits_of(loaded, batch), logits_of(first, batch), atol=1e-2)
 
 
 def test_the_real_peft_reads_the_adapter(adapted, tmp_path):
@@ -530,18 +455,16 @@ def test_an_adapter_written_by_peft_is_read(tmp_path):
     assert (logits_of(ours, batch) - logits_of(theirs, batch)).abs().max() < 1e-4
 
 
-@only_tiny
-def test_an_adapter_that_would_be_misread_is_refused(adapted, tmp_path):
-    model, _, _, base = adapted
-    sampler.save_adapter(model, tmp_path, base)
+def test_an_adapter_that_would_be_misread_is_refused(tmp_path):
+    sampler.save_adapter(adapt(sampler.load_policy()[0]), tmp_path, sampler.TINY_VLM)
     path = tmp_path / sampler.ADAPTER_CONFIG
-    config = json.loads(path.read_text())
+    config = path.read_text()
     for change in ({"use_rslora": True}, {"alpha_pattern": {"q_proj": 64}}):
-        path.write_text(json.dumps({**config, **change}))
+        path.write_text(json.dumps({**json.loads(config), **change}))
         with pytest.raises(InputError, match=next(iter(change))):
             sampler.load_policy(tmp_path)
+    path.write_text(config)
     with pytest.raises(InputError, match="does not fit its base model"):
-        path.write_text(json.dumps(config))
         sampler.merge_adapter(small_policy("Llava")[0], tmp_path)
 
 
@@ -561,48 +484,38 @@ def prompts_of(objects):
 def test_sam_finds_the_objects_together_as_alone(scene, segmenter):
     image, objects = scene
     segmenter.set_image(image)
-    results = segmenter.segment(prompts_of(objects))
-    for (mask, score), o in zip(results, objects):
+    prompts = [*prompts_of(objects), (prompts_of(objects)[0][0], np.zeros((0, 2)), np.zeros(0))]
+    for o, prompt, (mask, score) in zip(
+        [*objects, objects[0]], prompts, segmenter.segment(prompts)
+    ):
         assert mask.shape == (128, 128) and mask.dtype == bool
         assert data.mask_iou(mask, o.mask)[2] > 0.6 and 0.3 < score < 1.2
-    prompts = prompts_of(objects) + [(prompts_of(objects)[0][0], np.zeros((0, 2)), np.zeros(0))]
-    for prompt, (mask, score) in zip(prompts, segmenter.segment(prompts)):
         ((alone, alone_score),) = segmenter.segment([prompt])
         assert (mask != alone).mean() < 1e-3 and math.isclose(score, alone_score, abs_tol=1e-4)
 
 
 def test_the_embedding_is_computed_once_per_image_and_forgotten_in_turn(scene):
-    image, objects = scene
-    segmenter, blank = sampler.Segmenter(cache_size=2), Image.new("RGB", (128, 128))
-    calls = []
+    segmenter, calls, (image, objects) = sampler.Segmenter(cache_size=2), [], scene
     segmenter.predictor.model.image_encoder.register_forward_hook(lambda *_: calls.append(1))
-    segmenter.set_image(image, "a")
-    first = segmenter.segment(prompts_of(objects))[0][0]
-    segmenter.set_image(blank, "b")
-    segmenter.set_image(image, "a")
-    assert len(calls) == 2 and (segmenter.segment(prompts_of(objects))[0][0] == first).all()
-    segmenter.set_image(image, "c")
-    segmenter.set_image(blank, "b")
-    assert len(calls) == 4  # b was the one unused for longest
-    for _ in range(2):
-        segmenter.set_image(image)
-    assert len(calls) == 6  # an image without a key is never taken from the cache
+    blank, masks = Image.new("RGB", (128, 128)), []
+    for picture, key, count in (
+        *((image, "a", 1), (blank, "b", 2), (image, "a", 2), (image, "c", 3)),
+        *((blank, "b", 4), (blank, None, 5), (image, None, 6)),  # None: never from the cache
+    ):
+        segmenter.set_image(picture, key)
+        assert len(calls) == count
+        masks.append(segmenter.segment(prompts_of(objects))[0][0])
+    assert all((mask == masks[0]).all() for mask in (masks[2], masks[3], masks[6]))
+    assert (masks[1] != masks[0]).any() and (masks[5] == masks[1]).all()
 
 
-def test_several_boxes_unite_and_none_give_an_empty_mask(scene, segmenter):
-    image, objects = scene
-    segmenter.set_image(image)
-    prompts = prompts_of(objects)[:2]
+def test_several_boxes_unite_at_the_size_of_the_image_and_none_give_nothing(scene, segmenter):
+    segmenter.set_image(scene[0].resize((300, 170)))
+    prompts = prompts_of(scene[1])[:2]
     (one, score), (two, other) = segmenter.segment(prompts)
     (union, mean), (none, zero) = segmenter.segment_all([prompts, []])
-    assert (union == (one | two)).all() and math.isclose(mean, (score + other) / 2)
-    assert none.shape == (128, 128) and not none.any() and zero == 0
-
-
-def test_masks_come_at_the_size_of_a_non_square_image(segmenter):
-    segmenter.set_image(Image.new("RGB", (300, 170)))
-    ((mask, _),) = segmenter.segment([((10, 10, 90, 60), np.zeros((0, 2)), np.zeros(0))])
-    assert mask.shape == (170, 300)
+    assert (union == (one | two)).all() and math.isclose(mean, (score + other) / 2, abs_tol=1e-6)
+    assert none.shape == union.shape == (170, 300) and not none.any() and zero == 0
 
 
 def test_files_that_are_no_sam_are_refused_by_name(tmp_path):
