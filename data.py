@@ -537,7 +537,8 @@ def parse_option(option):
     sets = {}
     for part in option.split(","):
         name, colon, weight = (text.strip() for text in part.partition(":"))
-        if not name or (colon and not re.fullmatch(r"\d*\.?\d+", weight)):
+        is_weight = re.fullmatch(r"\d*\.?\d+", weight) and float(weight) > 0
+        if not name or (colon and not is_weight):
             raise InputError(f"--option {option}: {part!r}, expected the name of a set, or name:2")
         if set_key(name) in map(set_key, sets):
             raise InputError(f"--option {option} names a set twice, expected each once")
