@@ -327,9 +327,9 @@ class Handler(BaseHTTPRequestHandler):
     def answer_logps(self, length):
         """NOTE: whatever a request makes torch raise must become an answer. A client without one
         would ask again and again."""
+        body = self.rfile.read(length)  # outside: after a stall the client should ask again
         try:
             with error_border("the model cannot score this", f"see ref_server.py; {SMALLER}"):
-                body = self.rfile.read(length)
                 require(len(body) == length, f"{len(body)} bytes, Content-Length says {length}")
                 content = self.server.score(load(body))
         except InputError as error:
