@@ -27,6 +27,7 @@ import pickletools
 import re
 import subprocess
 import sys
+import unicodedata
 import warnings
 import zlib
 from collections import Counter, defaultdict
@@ -265,9 +266,22 @@ def decode_segmentation(segmentation, height, width):
 LIST_BAD = "; python data.py lists all bad records, --skip_bad leaves them out"
 MAX_CHARS = 2000  # of a phrase: some 500 tokens
 REF_ID = re.compile(r"[\w.+ -]{1,200}")  # eval.py names pictures after it
-# Not all that Pillow can read: for some formats it starts another program on the file.
-FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
-SUFFIX = re.compile(r"\.(bmp|gif|jp2|jpe?g|json|png|p[bgp]m|tiff?|webp)$", re.IGNORECASE)
+# Not all that Pillow can read: for some formats it starts another program on the file, of others
+# it does not say how many bits they have.
+MASK_FORMATS = ["BMP", "PNG", "TIFF"]  # without loss
+FORMATS = [*MASK_FORMATS, "GIF", "JPEG", "WEBP"]
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+# What a TIFF may say, by tag. Pillow would read other values, but not always as they are stored.
+TIFF_TAGS = {
+    "bits": (258, {1, 8}),
+    "colours": (262, {1, 2, 3, 6}),  # 0 is black, RGB, palette, YCbCr
+    "planes": (284, {1}),
+    "bands": (338, {2}),  # beside grey or RGB: alpha
+    "signs": (339, {1}),
+}
+COMPRESSION, LOSSLESS = 259, {1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000}
+ORIENTATION, NODATA = 274, 42113  # EXIF's; GDAL's, the number that stands for a missing pixel
+SUFFIX = re.compile(r"\.(bmp|gif|jpe?g|json|png|tiff?|webp)$", re.IGNORECASE)
 
 
 @contextmanager
@@ -327,37 +341,69 @@ class Sample:
 
 
 @contextmanager
-def image_border(path):
-    """An image file (FORMATS), opened. What goes wrong with it becomes one line."""
+def image_border(path, formats=FORMATS):
+    """An image file, opened. What goes wrong with it becomes one line."""
     with (
         warnings.catch_warnings(),
-        error_border(f"cannot read {path}", "check the path, or save it as PNG"),
+        error_border(f"cannot read {path}", f"expected {', '.join(formats)}, `convert` makes them"),
     ):
         warnings.simplefilter("ignore")  # odd metadata; 89 to 179 million pixels
         try:
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path, formats=formats) as image:
                 yield image
         except Image.DecompressionBombError:
             limit = 2 * Image.MAX_IMAGE_PIXELS
             raise InputError(f"{path} has over {limit:,} pixels: cut it into tiles") from None
 
 
+def check_header(image, path, upright=False):
+    """InputError unless the header says 8-bit grey, palette or RGB(A), stored in the usual way."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    as_set = lambda value: set(value) if isinstance(value, tuple) else {value}
+    odd = [name for name, (tag, usual) in TIFF_TAGS.items() if as_set(tags.get(tag, ())) - usual]
+    if image.mode not in MODES or re.search(";1[56]", str(image.tile)):  # such as RGB;16B
+        odd.append(f"pixels ({image.mode})")
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo with its preview
+        odd.append("number of pictures")
+    if not upright and image.getexif().get(ORIENTATION, 1) != 1:
+        odd.append("orientation")
+    if odd:
+        is_turned = odd == ["orientation"]
+        remedy = "convert -auto-orient" if is_turned else "gdal_translate -ot Byte -scale"
+        found = f"{path} has unusual {', '.join(odd)}"
+        raise InputError(f"{found}, expected 8-bit grey or RGB: {remedy} {path} new.png")
+
+
 def open_image(path, upright=False):
-    """Image file -> RGB PIL image, without alpha. upright: follow the EXIF orientation. That is
-    right for a photo, and wrong where a mask was drawn on the stored pixels. Images of more than 8
-    bits are refused: Pillow would clip them."""
+    """Image file -> RGB PIL image, without alpha. upright: follow the EXIF orientation, as for a
+    photo. A data set with such a tag is refused, as its masks may or may not follow it."""
     with image_border(path) as image:
-        if image.mode[0] in "IF":
-            raise InputError(f"{path}, expected 8 bits: gdal_translate -ot Byte -scale {path} OUT")
+        check_header(image, path, upright)
         if max(image.size) >= 200 * min(image.size):  # Qwen's processors refuse it
             raise InputError(f"{path} has {image.size} pixels, expected sides of 1 : 200 at most")
         return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
 
 
 def open_mask(path):
-    """Mask file -> bool (H, W): the pixels whose first channel, or palette index, is above 0."""
-    with image_border(path) as image:
-        return np.asarray(image.split()[0]) > 0
+    """Mask file -> bool (H, W): False where the first channel, or the index of the palette, is 0,
+    True where it has the one other value that a mask may have."""
+    with image_border(path, MASK_FORMATS) as image:
+        check_header(image, path)
+        tags, colours = getattr(image, "tag_v2", {}), image.getcolors(2) or ()
+        values = [int(np.ravel(colour)[0]) for _, colour in colours]
+        missing = float(str(tags.get(NODATA, 0)).strip("\0 "))
+        mask = np.asarray(image.split()[0]) > 0
+        drawn = np.asarray(image.convert("L")) > 0 if image.mode == "P" else mask
+        for is_wrong, found in (
+            (tags.get(COMPRESSION, 1) not in LOSSLESS, "compressed with loss"),
+            (not colours, "more than two values"),
+            (len(values) == 2 and all(values) == any(values), f"values {values}"),
+            (missing and missing in values, f"{missing:g} means that the value is missing"),
+            ((drawn != mask).any(), "a palette in which 0 is not black"),
+        ):
+            if is_wrong:
+                raise InputError(f"{path}: {found}, expected a PNG of 0 and one other value")
+        return mask
 
 
 def add_sample(samples, path, phrases, class_name, ref_id, split, segmentation, **more):
@@ -397,7 +443,22 @@ def read_refs(path):
         for opcode, value, place in pickletools.genops(content):
             if "TUPLE" in opcode.name or ("PUT" in opcode.name and value > len(content)):
                 raise pickle.UnpicklingError(f"{opcode.name} at byte {place}")
-        return [dict(ref) for ref in PlainUnpickler(io.BytesIO(content)).load()]
+        # Python 2 wrote texts as bytes
+        return [dict(ref) for ref in PlainUnpickler(io.BytesIO(content), encoding="utf-8").load()]
+
+
+def same_unicode(name):
+    """A file name in one of the forms that Unicode has for it: macOS stores another than others."""
+    return unicodedata.normalize("NFC", name)
+
+
+def rows_by_id(name, rows):
+    """{id: row}; InputError for two rows that differ under one id."""
+    table = {row["id"]: row for row in rows}
+    for row in rows:
+        if table[row["id"]] != row:
+            raise InputError(f"{name} of instances.json: id {row['id']!r} stands for two of them")
+    return table
 
 
 def read_refer(split, problems, path):
@@ -408,10 +469,9 @@ def read_refer(split, problems, path):
     images = folder.parent / "images" / folder.name / "JPEGImages"
     with error_border(f"{folder} cannot be read", "expected instances.json and JPEGImages"):
         coco = json.loads((folder / "instances.json").read_bytes())
-        annotations, rows, categories = (
-            {row["id"]: row for row in coco[key]} for key in ("annotations", "images", "categories")
-        )
-        present = set(os.listdir(images))
+        names = ("annotations", "images", "categories")
+        annotations, rows, categories = (rows_by_id(name, coco[name]) for name in names)
+        files = {same_unicode(name): images / name for name in os.listdir(images)}
     for number, ref in enumerate(refs):
         with record_border(f"{folder.name} record {number}", problems):
             # NOTE: a hundred bytes of pickle can hold a list that takes for ever to print
@@ -422,13 +482,14 @@ def read_refer(split, problems, path):
             annotation = annotations[ref["ann_id"]]
             row = rows[annotation["image_id"]]
             name = row["file_name"]
-            if name not in present:  # nor is anything outside of the folder
+            if same_unicode(name) not in files:  # nor is anything outside of the folder
                 raise InputError(f"image {name!r} is missing in {images}")
             with record_border(f"ref {ref['ref_id']} ({name})"):
                 # RRSIS-D writes categories_id
                 kind = annotation.get("category_id", annotation.get("categories_id"))
                 phrases = [sentence["raw"] for sentence in ref["sentences"]]
-                record = images / name, phrases, categories[kind]["name"], ref["ref_id"]
+                path = files[same_unicode(name)]
+                record = path, phrases, categories[kind]["name"], ref["ref_id"]
                 size = row.get("height"), row.get("width")
                 add_sample(samples, *record, ref["split"], annotation["segmentation"], size=size)
     return samples
@@ -438,12 +499,13 @@ def files_in(folder):
     """{name without suffix: path}. A listing is one call, where asking for 50,000 names is slow on
     a network disk, and it holds nothing outside of the folder."""
     names = sorted(os.listdir(folder), reverse=True)  # of 1.jpg and 1.png the first is kept
-    return {SUFFIX.sub("", n): folder / n for n in names if n[0] != "."}  # macOS writes ._1.jpg
+    names = [name for name in names if name[0] != "."]  # macOS writes ._1.jpg
+    return {SUFFIX.sub("", same_unicode(name)): folder / name for name in names}
 
 
 def find_file(files, name, folder):
     """The file `name`, which may have another suffix or none."""
-    path = files.get(SUFFIX.sub("", name))
+    path = files.get(SUFFIX.sub("", same_unicode(name)))
     if path is None:
         raise InputError(f"{name[:99]!r} is missing in {folder}")
     return path
@@ -474,7 +536,8 @@ def read_phrases(split, problems, listing, images, masks):
             if not name:
                 continue
             image = find_file(image_files, name, images)
-            ref_id, mask = f"{image.stem}_{number}", find_file(mask_files, name, masks)
+            ref_id = f"{same_unicode(image.stem)}_{number}"
+            mask = find_file(mask_files, name, masks)
             add_sample(samples, image, phrase, "object", ref_id, split, mask)
     return samples
 
@@ -495,8 +558,9 @@ def read_risors(split, problems, listing, images, annotations):
                     if item.get("area") == 0:
                         continue
                     phrase = re.sub(r"<(\w+)>", r"\1", item["description"])  # "the <ship> on the"
-                    record = image, phrase, item.get("name") or "object", f"{image.stem}_{place}"
-                    add_sample(samples, *record, split, item["segmentation"])
+                    class_name, ref_id = item.get("name"), f"{same_unicode(image.stem)}_{place}"
+                    record = image, phrase, class_name or "object", ref_id, split
+                    add_sample(samples, *record, item["segmentation"])
     return samples
 
 
@@ -1078,30 +1142,17 @@ class PromptSampler(Iterator):
 # ------------------------------------------------------------------------- batches
 
 
-def chat_texts(processor, prompts):
-    """Prompt texts (B), each behind an image, in the model's chat template."""
-    content = lambda prompt: [{"type": "image"}, {"type": "text", "text": prompt}]
-    chats = [[{"role": "user", "content": content(prompt)}] for prompt in prompts]
-    return processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-
-
-def encode(processor, images, texts):
-    """Images (B), chat texts (B) -> model inputs, padded on the left, where generation needs it."""
-    padding = {"padding": True, "padding_side": "left"}
-    batch = processor(images=images, text=texts, return_tensors="pt", **padding)
-    batch.pop("batch_num_images", None)  # LLaVA-OneVision: 1 each, which is its default
-    if "mm_token_type_ids" not in batch:  # Qwen-VL models come with it: 1 on image tokens
-        batch["mm_token_type_ids"] = (batch["input_ids"] == processor.image_token_id).long()
-    return dict(batch)
-
-
 def collate(processor, images, prompts, answers=None):
     """Images (B), prompt texts (B) and, for training, answer texts (B) -> model inputs. `labels` is
     -100 but on the answer's tokens and its end-of-sequence token. The answer is tokenised on its
     own, after the same prompt tokens that generation sees."""
-    batch = encode(processor, images, chat_texts(processor, prompts))
+    chats = sampler.chat_texts(processor, prompts)
+    batch = sampler.encode(processor, images, chats)
     if answers is None:
         return batch
+    if chats[0].rstrip().endswith("<think>"):  # the template of a model that always reasons
+        answers = [f"<think></think>{a}" if a[:7] != "<think>" else a for a in answers]
+        answers = [answer.removeprefix("<think>") for answer in answers]
     tokenizer = processor.tokenizer
     rows, labels = [], []
     for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], answers, strict=True):
@@ -1119,14 +1170,14 @@ def collate(processor, images, prompts, answers=None):
 def collate_images(processor, images):
     """The beginning of prompts, up to the end of their images (U): model inputs. With the tokens of
     collate_text behind it, it is the whole prompt, so one image serves several prompts."""
-    head, token, _ = chat_texts(processor, [""])[0].partition(processor.image_token)
-    return encode(processor, images, [head + token] * len(images))
+    head, token, _ = sampler.chat_texts(processor, [""])[0].partition(processor.image_token)
+    return sampler.encode(processor, images, [head + token] * len(images))
 
 
 def collate_text(processor, prompts):
     """What follows the image in prompts (B): input_ids and attention_mask, left-padded (B, Q)."""
     token, tokenizer = processor.image_token, processor.tokenizer
-    texts = [token + chat.partition(token)[2] for chat in chat_texts(processor, prompts)]
+    texts = [token + chat.partition(token)[2] for chat in sampler.chat_texts(processor, prompts)]
     # NOTE: behind an image token, as in the whole: Llama's tokenizer puts a space before what it
     # takes for the beginning of a text
     rows = [ids[1:] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

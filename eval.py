@@ -33,6 +33,7 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,7 +83,11 @@ def get_args(argv=None):
     add("--k_min", type=count, default=3, help="fewest cells per side; also k of --points fixed")
     add("--k_max", type=count, default=6, help="most cells per side")
     add("--theta", type=share, default=0.9, help="drop labels less probable, at --temperature")
-    add("--sam_ckpt", default=str(sampler.TINY_SAM), help="weights: SAM, MobileSAM, tiny SAM")
+    add(
+        "--sam_ckpt",
+        default=str(sampler.TINY_SAM),
+        help="weights of SAM or MobileSAM, or folder: SAM 2, 3, HQ",
+    )
     add("--multimask", action=on_off, default=False, help="best of SAM's three masks")
     add("--paper", action=on_off, default=False, help="as published: --k_min 1 --multimask")
     add("--oracle", choices=["box", "points"], help="use the true box, or the true box and labels")
@@ -135,30 +140,46 @@ class Prediction:
         return np.concatenate([np.zeros((0, 2)), *self.points])  # (N * K, 2)
 
 
+class ImagePrefix(NamedTuple):
+    """Images (B), and their KV cache where prompts can continue from it."""
+
+    images: list
+    cache: object = None  # sampler.PrefixCache of the distinct images
+    rows: list = None  # (B,), the row of each image in it
+
+
 def prefill_images(model, processor, images):
-    """The KV cache of images (B), a repeated object only once: (PrefixCache, row of each image)."""
+    """The ImagePrefix of images (B). An object that is there several times is computed once."""
+    if model is None or not sampler.shares_prefix(model):
+        return ImagePrefix(images)
     distinct = {id(image): image for image in images}
     rows = [list(distinct).index(id(image)) for image in images]
     batch = data.collate_images(processor, list(distinct.values()))
-    return sampler.prefill(model, batch), rows
+    return ImagePrefix(images, sampler.prefill(model, batch), rows)
 
 
-def generate_answers(model, processor, prefix, prompts, max_new_tokens, args):
-    """Prompts (B) behind prefilled images (B) -> [(text, probability of each character)]."""
-    cache, rows = prefix
-    cache = sampler.extend(model, cache, rows, data.collate_text(processor, prompts))
+def generate_answers(model, processor, prefix, asked, prompts, max_new_tokens, args):
+    """Prompts about images number `asked` -> [(text, probability of each character)]."""
+    if prefix.cache:
+        rows = [prefix.rows[i] for i in asked]
+        cache = sampler.extend(model, prefix.cache, rows, data.collate_text(processor, prompts))
+    else:
+        images = [prefix.images[i] for i in asked]
+        cache = sampler.prefill(model, data.collate(processor, images, prompts))
     return sampler.generate(model, processor, cache, max_new_tokens, args.temperature)
 
 
-def predict_boxes(model, processor, prefix, images, phrases, args):
+def predict_boxes(model, processor, prefix, phrases, args):
     """Stage I: a Prediction with boxes for each phrase (B), with --prompts sam also with points."""
+    images, everyone = prefix.images, range(len(phrases))
     frames = [sampler.answer_frame(model, processor, *image.size) for image in images]
     task = "sam" if args.prompts == "sam" else "box"
     if task == "sam":
         prompts = [data.sam_prompt(*pair) for pair in zip(phrases, frames)]
     else:
         prompts = [data.box_prompt(*pair, args.use_think) for pair in zip(phrases, frames)]
-    answers = generate_answers(model, processor, prefix, prompts, args.max_new_tokens, args)
+    limit = args.max_new_tokens
+    answers = generate_answers(model, processor, prefix, everyone, prompts, limit, args)
     predictions = []
     for (text, _), image, frame in zip(answers, images, frames):
         answer = data.read_answer(text, task).to_pixels(frame, image.size)
@@ -182,7 +203,7 @@ def place_points(prediction, size, phrase, args):
         prediction.points = [points[:0] for points in prediction.points]
 
 
-def predict_labels(model, processor, prefix, images, phrases, predictions, args):
+def predict_labels(model, processor, prefix, phrases, predictions, args):
     """Stage II: label the points of the Predictions (B), in place."""
     counts = [len(prediction.all_points) for prediction in predictions]
     asked = [i for i, count in enumerate(counts) if count]
@@ -190,13 +211,12 @@ def predict_labels(model, processor, prefix, images, phrases, predictions, args)
         return
     prompts = []
     for i in asked:
-        frame = sampler.answer_frame(model, processor, *images[i].size)
-        points = data.rescale(predictions[i].all_points, images[i].size, frame)
+        size = prefix.images[i].size
+        frame = sampler.answer_frame(model, processor, *size)
+        points = data.rescale(predictions[i].all_points, size, frame)
         prompts.append(data.point_prompt(phrases[i], points, frame, args.use_think))
-    max_new_tokens = max(args.max_new_tokens, 2 * max(counts) + 32)  # a label and a comma each
-    cache, rows = prefix
-    prefix = cache, [rows[i] for i in asked]
-    answers = generate_answers(model, processor, prefix, prompts, max_new_tokens, args)
+    limit = max(args.max_new_tokens, 2 * max(counts) + 32)  # a label and a comma each
+    answers = generate_answers(model, processor, prefix, asked, prompts, limit, args)
     for i, (text, char_probs) in zip(asked, answers):
         predictions[i].answer_points, found = text, data.find_labels(text)
         if found and len(found[1]) == counts[i]:  # never a partial match of labels to points
@@ -230,7 +250,7 @@ def true_instances(truth, prompts):
 
 def predict(model, processor, images, phrases, truths, args):
     """Stages I and II: images and phrases (B) -> B Predictions. truths: masks (B), for --oracle."""
-    prefix = prefill_images(model, processor, images) if model is not None else None
+    prefix = prefill_images(model, processor, images)
     # Stage I
     if args.oracle:
         predictions = []
@@ -239,12 +259,12 @@ def predict(model, processor, images, phrases, truths, args):
             boxes = np.reshape([box for box, _ in found], (-1, 4))
             predictions.append(Prediction(None, boxes, [points for _, points in found]))
     else:
-        predictions = predict_boxes(model, processor, prefix, images, phrases, args)
+        predictions = predict_boxes(model, processor, prefix, phrases, args)
     # Stage II
     for prediction, image, phrase in zip(predictions, images, phrases):
         place_points(prediction, image.size, phrase, args)
     if args.prompts == "points" and args.oracle != "points":
-        predict_labels(model, processor, prefix, images, phrases, predictions, args)
+        predict_labels(model, processor, prefix, phrases, predictions, args)
         return predictions
     for prediction, truth in zip(predictions, truths):  # the points of --prompts sam are all 1
         points = prediction.all_points
@@ -458,7 +478,7 @@ def gather_predictions(folder):
 def start_or_resume(folder, args, samples, protocol):
     """(ref_id, sentence) of the answers in `folder`, if all that they depend on is as it was. Else
     they are moved aside."""
-    files = {Path(args.sam_ckpt), *Path(args.eval_model_path).glob("**/*.safetensors")}
+    files = {*sampler.weight_files(args.sam_ckpt), *sampler.weight_files(args.eval_model_path)}
     files |= {sample.image_path for sample in samples}
     files |= {s.segmentation for s in samples if isinstance(s.segmentation, Path)}
     versions = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
@@ -519,10 +539,8 @@ def evaluate_set(args, folder, samples, n_skipped, model, processor, segmenter):
     rows = list(gather_predictions(folder).values())
     expected = sum(len(sample.phrases) for sample in samples)
     if len(rows) != expected:
-        raise InputError(
-            f"{len(rows)} of {expected} answers are in {folder}: another process writes there, or "
-            "the machines do not share it (--version_name, --log_dir)"
-        )
+        hint = "does another process write there, or do the machines not share it?"
+        raise InputError(f"{len(rows)} of {expected} answers are in {folder}: {hint}")
     metrics = {**summarize_groups(rows), "n_skipped": n_skipped, "protocol": protocol}
     metrics["seconds"] = None if done else round(time.time() - start, 1)  # of a part: no measure
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, default=float))
@@ -644,11 +662,8 @@ def segment_one(args, model, processor, segmenter, folder):
 
 def main(args):
     # 1. Model, SAM, folder. Under torchrun every process takes its share of the images.
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo")  # the processes only wait for one another
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    rank, _ = sampler.rank_and_world()
+    # gloo, as they only wait for one another
+    rank, *_, args.device = sampler.join_processes(args.device, "gloo")
     torch.manual_seed(args.seed + rank)
     path = args.eval_model_path = args.eval_model_path or default_model(args.log_dir)
     needs_model = args.oracle != "points" and not (args.oracle == "box" and args.points == "none")

@@ -77,7 +77,7 @@ DEFAULTS = dict(
     val_batch_size=(8, 64),
 )
 REWARDS = ("box", "point", "mask", "json", "format")
-URL = re.compile(r"http://[\w.-]+:[0-9]{1,5}/?")
+URL = re.compile(r"http://([\w.-]+|\[[\da-fA-F:.]+\]):[0-9]{1,5}/?")
 
 
 def get_args(argv=None):
@@ -144,8 +144,10 @@ def fill_own_defaults(args):
 # taught for the same prompt. Each reward is a number from 0 to 1.
 
 BODY = "(?:(?!</?think>|</?answer>).)+"
-NO_THINK_FORMAT = re.compile(rf"\s*<answer>{BODY}</answer>\s*", re.DOTALL)
-THINK_FORMAT = re.compile(rf"\s*<think>{BODY}</think>{NO_THINK_FORMAT.pattern}", re.DOTALL)
+ANSWER = rf"\s*<answer>{BODY}</answer>\s*"
+# some chat templates open <think> themselves: it is not in the completion then
+NO_THINK_FORMAT = re.compile(rf"(\s*</think>)?{ANSWER}", re.DOTALL)
+THINK_FORMAT = re.compile(rf"\s*(<think>)?{BODY}</think>{ANSWER}", re.DOTALL)
 
 
 def says_nothing(answer):
@@ -314,9 +316,9 @@ def sample(model, processor, prompts, args, averages):
     ids, mask, logp = sampler.sample_group(
         model, processor, inputs, args.group, args.max_new_tokens, args.temperature
     )
-    tokenizer = processor.tokenizer
+    tokenizer, ends = processor.tokenizer, sampler.end_ids(model, processor)
     rows = [row[kept].tolist() for row, kept in zip(ids, mask)]
-    truncated = torch.tensor([row[-1] != tokenizer.eos_token_id for row in rows])
+    truncated = torch.tensor([row[-1] not in ends for row in rows])
     texts = [tokenizer.decode(row if cut else row[:-1]) for row, cut in zip(rows, truncated)]
     averages.add("length", mask.sum(), len(rows))
     averages.add("truncated", truncated.sum(), len(rows))

@@ -27,6 +27,7 @@ import hmac
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -68,6 +69,11 @@ def require(condition, line):
         raise InputError(line)
 
 
+def reference_token():
+    """REF_TOKEN, without the line end that it may have from the file or secret it came from."""
+    return os.environ.get("REF_TOKEN", "").strip()
+
+
 def model_identity(model, processor, path):
     """What /health answers, and what a client expects of its reference."""
     return {
@@ -103,7 +109,7 @@ class Reference:
         server, at any time. child: the server's process if we started it."""
         self.urls, self.turn, self.patience, self.child = urls, turn, patience, child
         self.headers = {"If-Match": f'"{identity["fingerprint"]}"'}
-        if token := os.environ.get("REF_TOKEN"):
+        if token := reference_token():
             self.headers["Authorization"] = f"Bearer {token}".encode()
         command = f"python ref_server.py --model_path {identity['model']}"
         self.remedy = f"start `{command} --dtype {identity['dtype']}` there"
@@ -112,10 +118,9 @@ class Reference:
                 found = json.loads(self.request(url, "/health"))
                 for key in ("vocab_size", "dtype", "fingerprint"):
                     if found[key] != identity[key]:
-                        raise InputError(
-                            f"the reference at {url} ({found['model']}) has {key} {found[key]}, "
-                            f"the policy {identity[key]}: {self.remedy}"
-                        )
+                        other = f"{key} {found[key]}, the policy {identity[key]}"
+                        line = f"the reference at {url} ({found['model']}) has {other}"
+                        raise InputError(f"{line}: {self.remedy}")
 
     def logps(self, prompt, completions, mask, temperature):
         """log p_ref(completions), float32 (B*G, C): see sampler.completion_logps."""
@@ -152,10 +157,8 @@ class Reference:
                 raise InputError(f"the reference at {url} refused {path} ({status}, {why}){remedy}")
             if time.time() - start >= self.patience:
                 waited, self.patience = self.patience, 0  # requests in the queue fail at once
-                raise InputError(
-                    f"no reference at {url} in {waited:.0f} s ({why}): is `python ref_server.py` "
-                    "running there? --ref_patience waits longer"
-                )
+                remedy = "is `python ref_server.py` running there? --ref_patience waits longer"
+                raise InputError(f"no reference at {url} in {waited:.0f} s ({why}): {remedy}")
             if not is_waiting:
                 print(f"\nwaiting for the reference at {url}: {why}", flush=True)  # below a bar
             is_waiting = True
@@ -296,7 +299,7 @@ class Handler(BaseHTTPRequestHandler):
         pass  # a line for every request would bury the ones that matter
 
     def is_allowed(self):
-        token = os.environ.get("REF_TOKEN")
+        token = reference_token()
         given = self.headers.get("Authorization", "").encode("latin-1")
         return not token or hmac.compare_digest(given, f"Bearer {token}".encode())
 
@@ -332,6 +335,8 @@ class Handler(BaseHTTPRequestHandler):
             with error_border("the model cannot score this", f"see ref_server.py; {SMALLER}"):
                 require(len(body) == length, f"{len(body)} bytes, Content-Length says {length}")
                 content = self.server.score(load(body))
+        except torch.OutOfMemoryError as error:
+            self.send_error(400, f"{one_line(error)}: {SMALLER}")
         except InputError as error:
             self.send_error(400, error)
         else:
@@ -347,6 +352,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, args, model, processor, identity):
         self.model, self.processor, self.identity = model, processor, identity
         self.max_bytes, self.one_at_a_time = args.max_mb * 2**20, threading.Lock()
+        if ":" in args.host:
+            self.address_family = socket.AF_INET6
         super().__init__((args.host, args.port), Handler)
 
     def score(self, tensors):
@@ -387,13 +394,15 @@ def main(args):
     identity = model_identity(model, processor, args.model_path)
 
     # 3. The server. A signal lets it finish the answers that are under way.
-    with error_border(f"cannot listen on {args.host}:{args.port}", "choose another --port"):
+    remedy = "choose another --host or --port"
+    with error_border(f"cannot listen on {args.host}:{args.port}", remedy):
         server = Server(args, model, processor, identity)
     for number in endings:
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
     host, port = server.server_address[:2]
-    print(f"reference: {args.model_path} at http://{host}:{port}", flush=True)
-    if not host.startswith("127.") and not os.environ.get("REF_TOKEN"):
+    shown = f"[{host}]" if ":" in host else host
+    print(f"reference: {args.model_path} at http://{shown}:{port}", flush=True)
+    if not host.startswith("127.") and host != "::1" and not reference_token():
         print("NOTE: others can reach it, and REF_TOKEN is not set", file=sys.stderr)
     with server:
         server.serve_forever()

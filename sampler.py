@@ -7,14 +7,16 @@
        K = clip(floor(alpha * side / image_side), K_min, K_max),  alpha = 16, K_max = 6
 
    A label that the model itself doubts (p < 0.9) is dropped.
-2. **Policy.** A multimodal language model that transformers loads: Qwen-VL, InternVL or LLaVA.
+2. **Policy.** A multimodal language model that transformers loads: Qwen-VL, Qwen3.5, InternVL or
+   LLaVA.
 3. **Prefill and decode.** All phrases about an image share its KV cache. Decoding also returns the
    probability of each character, so a label's confidence needs no second forward pass.
 4. **Groups.** GRPO samples and scores G completions of a prompt. They share one row with their
-   prompt, so the prompt and its image are computed and stored once, not G times.
+   prompt, so the prompt and its image are computed and stored once, not G times. `check_sharing`
+   finds out at loading whether a model allows that. If not, each completion has a row of its own.
 5. **LoRA**, and the files that it is saved in.
 6. **SAM.** Frozen. Box + positive points + negative points -> mask. Its image encoder is the slow
-   part and runs once per image.
+   part and runs once per image. SAM-HQ, SAM 2 and SAM 3 serve as well.
 
 Departures from the paper (ReSaP): K_min is 3, where the paper has 1, because one point in the
 middle of a small box tells SAM nothing new. SAM returns its single-mask output, where the paper
@@ -26,8 +28,10 @@ import copy
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -77,10 +81,23 @@ def error_border(found, remedy):
     """Turn what bad input raises into an InputError, `found (error): remedy`."""
     try:
         yield
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except PARSING_ERRORS as error:
         raise InputError(f"{found} ({one_line(error)}): {remedy}") from None
+
+
+def join_processes(device, backend=None):
+    """Join the processes that torchrun started: this one's (rank, world size, local rank, device).
+    backend: of their communication, by default nccl on CUDA and gloo elsewhere."""
+    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    remedy = "start it with torchrun, or unset WORLD_SIZE and RANK for a single process"
+    with error_border(f"the processes cannot join ({found})", remedy):
+        rank, world, local_rank = (int(value or 0) for value in found.values())
+        if world > 1:
+            dist.init_process_group(backend or ("nccl" if device == "cuda" else "gloo"))
+    device = f"cuda:{local_rank}" if device == "cuda" else device
+    return rank, max(world, 1), local_rank, device
 
 
 def rank_and_world():
@@ -100,9 +117,30 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+class Console:
+    """A stream that never raises. Nobody may be there to read: `| head` has ended, or the terminal
+    is closed. A character that the terminal cannot show is printed as a question mark."""
+
+    def __init__(self, stream):
+        stream.reconfigure(errors="replace")
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # from now on, write to nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+
 def run_script(main, get_args):
     """Run main(get_args()). An error ends it with one line. The traceback of an error that nobody
     foresaw goes to a file, and the line names the file."""
+    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     try:
         main(get_args())
     except KeyboardInterrupt:
@@ -111,11 +149,20 @@ def run_script(main, get_args):
     except Exception as error:
         # an error in a data worker arrives as its whole traceback, the message last
         line = str(error).strip().rpartition("\n")[-1].removeprefix("sampler.InputError: ")
-        if not isinstance(error, (InputError, OSError)):
+        if isinstance(error, torch.OutOfMemoryError):
+            line = "a lower --batch_size, --gradient_checkpointing or a smaller model needs less"
+            line = f"not enough memory on the GPU ({one_line(error)[:99]}): {line}"
+        elif line.startswith("DataLoader worker"):
+            line += " (if memory is short, fewer --workers help)"
+        elif not isinstance(error, (InputError, OSError)):
             path = Path(tempfile.gettempdir()) / f"traceback_{os.getpid()}.txt"
             path.write_text(traceback.format_exc())
             line = f"{type(error).__name__}: {line} (traceback: {path})"
         raise SystemExit(f"error: {line}") from None
+    finally:
+        for worker in multiprocessing.active_children():  # data workers ignore SIGTERM
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+            worker.kill()
 
 
 # ------------------------------------------------------------------------- points
@@ -187,7 +234,7 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     logging.disable_progress_bar()
     check_device(device)
     path = str(path)
-    if not Path(path).is_dir() and not HUB_NAME.fullmatch(path):
+    if not is_hub_model(path):
         hint = f"python sft.py writes runs/sft; the base model is {TINY_VLM}"
         raise InputError(f"no model at {path}: that folder does not exist ({hint})")
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
@@ -199,24 +246,25 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
         return model.to(device), processor
     expected = "expected a Hugging Face folder (config.json, *.safetensors) or a hub name"
     with error_border(f"no model at {path}", expected):
-        processor = AutoProcessor.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    check_family(model, processor, path)
+        safe = {"trust_remote_code": False}  # else transformers asks, and waits for an answer
+        processor = AutoProcessor.from_pretrained(path, **safe)
+        safe["use_safetensors"] = True
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **safe)
     if model.config.model_type == "llava":
         disable_center_crop(model, processor)
-    return model.to(device).eval(), processor
-
-
-def check_family(model, processor, path):
-    """InputError for a model whose images select_prompts could not tell apart in a batch."""
-    config, vision = model.config, getattr(model.config, "vision_config", None)
-    is_qwen = hasattr(vision, "spatial_merge_size")
-    is_llava = hasattr(config, "image_grid_pinpoints")  # LLaVA-NeXT and OneVision
-    is_tiled = config.model_type in ("internvl", "llava") and vision.model_type != "pixtral"
-    has_token = getattr(processor, "image_token", None) and hasattr(config, "image_token_id")
-    if not (is_qwen or is_llava or is_tiled) or not has_token or not processor.chat_template:
-        kinds = "a Qwen-VL, InternVL or LLaVA model with an image token and a chat template"
-        raise InputError(f"{path} is a {config.model_type}, expected {kinds}")
+    model = model.to(device).eval()
+    expected = "expected a Qwen-VL, InternVL or LLaVA model with an image token and a chat template"
+    with error_border(f"{path} is a {model.config.model_type} that cannot be used", expected):
+        tokenizer = processor.tokenizer
+        ends = map(tokenizer.decode, end_ids(model, processor))
+        in_chats = [end for end in ends if end in str(processor.chat_template)]
+        tokenizer.eos_token = [*in_chats, tokenizer.eos_token][0]  # that SFT teaches
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        check_sharing(model, processor)
+    if not model.can_share and rank_and_world()[0] == 0:
+        line = "completions cannot share a row with their prompt, which is slower"
+        print(f"NOTE: {path}: {line}", file=sys.stderr)
+    return model, processor
 
 
 def disable_center_crop(model, processor):
@@ -260,6 +308,13 @@ def mixed_precision(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=half)
 
 
+def end_ids(model, processor):
+    """Ids that end an answer: those that the tokenizer and the generation config name."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return sorted({processor.tokenizer.eos_token_id, *named} - {None})
+
+
 def vision_token_ids(model, processor):
     """Ids of the tokens that stand for images and videos. A model must not write them."""
     names = ("image", "video", "vision_start", "vision_end", "start_image", "end_image")
@@ -278,6 +333,27 @@ def fingerprint(model, processor):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def chat_texts(processor, prompts):
+    """Prompt texts (B), each behind an image, in the model's chat template."""
+    content = lambda prompt: [{"type": "image"}, {"type": "text", "text": prompt}]
+    chats = [[{"role": "user", "content": content(prompt)}] for prompt in prompts]
+    return processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+
+
+def encode(processor, images, texts):
+    """Images (B), chat texts (B) -> model inputs, padded on the left, where generation needs it."""
+    padding = {"padding": True, "padding_side": "left"}
+    batch = processor(images=images, text=texts, return_tensors="pt", **padding)
+    batch.pop("batch_num_images", None)  # LLaVA-OneVision: 1 each, which is its default
+    if "mm_token_type_ids" not in batch:  # Qwen-VL models come with it: 1 on image tokens
+        batch["mm_token_type_ids"] = (batch["input_ids"] == processor.image_token_id).long()
+    return dict(batch)
+
+
+def language_model(model):
+    return getattr(model.model, "language_model", model.model)
 
 
 def to_device(inputs, model):
@@ -348,26 +424,31 @@ def prefill(model, prompt):
     return PrefixCache(out.cache, mask, next_position, last_hidden)
 
 
+@torch.inference_mode()
+def select_rows(prefix, rows):
+    """Some rows (B,) of a PrefixCache, which may repeat. The old one stays as it is."""
+    rows = torch.tensor(rows, device=prefix.next_position.device)
+    cache = copy.copy(prefix.cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    cache.reorder_cache(rows)
+    return PrefixCache(cache, *(tensor[rows] for tensor in prefix[1:]))
+
+
 def extend(model, prefix, rows, text):
     """Append texts (data.collate_text, B rows) to `rows` (B,) of a PrefixCache: a new PrefixCache.
     The old one stays as it is, so several phrases can follow one image."""
-    text = to_device(text, model)
-    rows = torch.tensor(rows, device=model.device)
-    cache = copy.copy(prefix.cache)
-    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    text, prefix = to_device(text, model), select_rows(prefix, rows)
+    counts, start = text["attention_mask"].cumsum(1), prefix.next_position  # (B, Q), (B,)
+    mask = torch.cat([prefix.attention_mask, text["attention_mask"].bool()], 1)
     with merged_inference(model):
-        cache.batch_select_indices(rows)
-        counts = text["attention_mask"].cumsum(1)  # (B, Q), tokens so far
-        start = prefix.next_position[rows]
-        mask = torch.cat([prefix.attention_mask[rows], text["attention_mask"].bool()], 1)
         last_hidden = model.model(
             input_ids=text["input_ids"],
             attention_mask=mask.long(),  # (B, P + Q)
             position_ids=text_positions(model, start[:, None] + (counts - 1).clamp(min=0)),
-            cache=cache,
+            cache=prefix.cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-    return PrefixCache(cache, mask, start + counts[:, -1], last_hidden)
+    return PrefixCache(prefix.cache, mask, start + counts[:, -1], last_hidden)
 
 
 def sample_token(logits, temperature, never):
@@ -383,16 +464,14 @@ def sample_token(logits, temperature, never):
     return token, logp.gather(1, token)
 
 
-def drop_finished(unfinished, columns, bias):
-    """Remove finished completions, and prompts that have only such: (kept prompts (B',), columns
-    (B', G'), bias (B', 1, G', S)). unfinished: bool (B, G); columns: tensors (B, G). A prompt with
-    fewer than G' unfinished completions keeps some finished ones."""
+def drop_finished(unfinished, *tensors):
+    """Remove finished completions, and prompts that have only such: (kept prompts (B',), what is
+    left of the tensors (B, G, …)). A prompt with fewer unfinished completions than the others keeps
+    some finished ones. unfinished: bool (B, G)."""
     kept = unfinished.any(1).nonzero()[:, 0]
     order = torch.argsort(unfinished[kept].int(), stable=True, descending=True, dim=1)
     order = order[:, : int(unfinished.sum(1).max())]  # (B', G'), unfinished ones first
-    columns = [column[kept].gather(1, order) for column in columns]
-    order = order[:, None, :, None].expand(-1, -1, -1, bias.shape[-1])
-    return kept, columns, bias[kept].gather(2, order)
+    return kept, [tensor[kept[:, None], order] for tensor in tensors]
 
 
 def decode(model, processor, prefix, group, max_new_tokens, temperature):
@@ -402,10 +481,12 @@ def decode(model, processor, prefix, group, max_new_tokens, temperature):
     Each step feeds G tokens to the row of their prompt. A token sees the prompt and its own
     completion, so the KV cache of a prompt exists once, not G times.
     """
-    use_shared_prefix_attention(model)
+    if not shares_prefix(model):
+        rows = range(len(prefix.next_position) * group)
+        prefix, group = select_rows(prefix, [row // group for row in rows]), 1
     cache, prompt_mask, next_position, hidden = prefix
-    eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
-    batch, device = len(prompt_mask), prompt_mask.device
+    batch, device, pad = len(prompt_mask), prompt_mask.device, processor.tokenizer.pad_token_id
+    ends = torch.tensor(end_ids(model, processor), device=device)
     never = torch.tensor(vision_token_ids(model, processor), dtype=torch.long, device=device)
     with merged_inference(model):
         hidden = hidden.repeat_interleave(group, 0)  # (B*G, D)
@@ -413,29 +494,30 @@ def decode(model, processor, prefix, group, max_new_tokens, temperature):
         ids = rows.new_full((batch * group, max_new_tokens), pad)
         mask, logp = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(ids.shape).to(device)
         unfinished = torch.ones_like(rows, dtype=torch.bool)  # (B, G)
-        bias = attention_bias(prompt_mask, model)[:, None, None].repeat(1, 1, group, 1)
+        visible = prompt_mask[:, None].repeat(1, group, 1)  # (B, G, P)
         for step in range(max_new_tokens):
             sampled = sample_token(model.lm_head(hidden), temperature, never)
             token, token_logp = (x.view(rows.shape) for x in sampled)  # (B, G)
             ids[rows, step] = token.masked_fill(~unfinished, pad)
             mask[rows, step] = unfinished
             logp[rows, step] = token_logp.masked_fill(~unfinished, 0.0)
-            unfinished = unfinished & (token != eos)
+            unfinished = unfinished & ~torch.isin(token, ends)
             needed = int(unfinished.any(1).sum()) * int(unfinished.sum(1).max())
             if not needed or step + 1 == max_new_tokens:
                 break
             if needed <= 0.75 * unfinished.numel():  # else the copy costs more than it saves
-                columns = (rows, token, unfinished)
-                kept, (rows, token, unfinished), bias = drop_finished(unfinished, columns, bias)
+                kept, (rows, token, visible, unfinished) = drop_finished(
+                    unfinished, rows, token, visible, unfinished
+                )
                 next_position = next_position[kept]
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)
             itself = torch.eye(token.shape[1], dtype=torch.bool, device=device)
-            itself = attention_bias(itself, model).expand(len(token), 1, -1, -1)
-            bias = torch.cat([bias, itself], -1)  # (B, 1, G, P + G * steps)
+            visible = torch.cat([visible, itself.expand(len(token), -1, -1)], 2)
+            bias = attention_bias(visible[:, None], model)  # (B, 1, G, P + G * steps)
             position = (next_position + step)[:, None].expand_as(token)
             hidden = model.model(
                 input_ids=token,
-                attention_mask=bias,
+                attention_mask=bias if shares_prefix(model) else visible[:, 0].long(),
                 position_ids=text_positions(model, position),
                 cache=cache,
                 use_cache=True,
@@ -446,10 +528,10 @@ def decode(model, processor, prefix, group, max_new_tokens, temperature):
 def generate(model, processor, prefix, max_new_tokens, temperature=0.0):
     """Answers to B prefilled prompts: list of (text, char_probs (len(text),)). A character has the
     probability of the token that it came from, at the temperature (greedy: at 1)."""
-    tokenizer, answers = processor.tokenizer, []
+    tokenizer, ends, answers = processor.tokenizer, end_ids(model, processor), []
     ids, mask, logp = decode(model, processor, prefix, 1, max_new_tokens, temperature)
     for row, kept, row_logp in zip(ids.tolist(), mask.sum(1).tolist(), logp.cpu().numpy()):
-        end = kept - (row[kept - 1] == tokenizer.eos_token_id)
+        end = kept - (row[kept - 1] in ends)
         text = tokenizer.decode(row[:end])
         lengths = [len(piece) for piece in tokenizer.batch_decode([[token] for token in row[:end]])]
         if sum(lengths) != len(text):  # a character made of several tokens: count what each adds
@@ -566,7 +648,7 @@ def use_shared_prefix_attention(model):
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    language = getattr(model.model, "language_model", model.model)
+    language = language_model(model)
     if language.config._attn_implementation != "shared_prefix":
         AttentionInterface.register("shared_prefix", shared_prefix_attention)
         AttentionMaskInterface.register("shared_prefix", sdpa_mask)
@@ -584,20 +666,24 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
     completion sees the prompt and itself, and its positions start where the prompt's end. So the
     result equals that of G rows [prompt, c_g].
     """
-    use_shared_prefix_attention(model)
-    prompt = to_device(prompt, model)
     completions, mask = completions.to(model.device), mask.to(model.device).bool()
+    prompt, (rows, length) = to_device(prompt, model), completions.shape
+    group = rows // len(prompt["input_ids"])
+    if not shares_prefix(model):
+        prompt, group = select_prompts(prompt, [row // group for row in range(rows)]), 1
     positions, next_position = prompt_positions(model, prompt)
     ids, attention = prompt.pop("input_ids"), prompt.pop("attention_mask")  # (B, P)
-    (rows, length), (batch, start) = completions.shape, ids.shape
-    group, packed = rows // batch, rows // batch * length  # G, G*C
+    (batch, start), packed = ids.shape, group * length
     own = (next_position[:, None] + torch.arange(length, device=ids.device)).repeat(1, group)
     positions = torch.cat([positions, text_positions(model, own)], -1)  # (…, B, T)
 
     # a token of [prompt, c] sees itself and what stands before it, less padding
-    exists = F.pad(attention.bool(), (0, length), value=True)  # (B, P + C)
-    causal = exists.new_ones(2 * exists.shape[1:]).tril()
-    visible = exists[:, None, None] & causal  # (B, 1, P + C, P + C)
+    attention = {"attention_mask": F.pad(attention, (0, length), value=1)}  # (B, P + C)
+    if shares_prefix(model):
+        exists = attention["attention_mask"].bool()
+        causal = exists.new_ones(2 * exists.shape[1:]).tril()
+        visible = exists[:, None, None] & causal  # (B, 1, P + C, P + C)
+        attention = {"attention_mask": attention_bias(visible, model), "shared": (group, start)}
 
     prompt = {  # mm_token_type_ids must cover the completions, as text
         key: F.pad(value, (0, packed)) if value.shape == ids.shape else value
@@ -606,10 +692,9 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
     with mixed_precision(model):
         hidden = model.model(
             input_ids=torch.cat([ids, completions.reshape(batch, packed)], 1),
-            attention_mask=attention_bias(visible, model),
             position_ids=positions,
             use_cache=False,
-            shared=(group, start),
+            **attention,
             **prompt,
         ).last_hidden_state  # (B, T, D)
         # a hidden state predicts the next token; the prompt's last one predicts the first token of
@@ -620,6 +705,60 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
         hidden = torch.cat([last, own], 1)[mask]  # (tokens that count, D)
         counted = token_logps(model.lm_head, hidden, completions[mask], temperature)
     return torch.zeros(rows, length, device=ids.device).masked_scatter(mask, counted)
+
+
+# ------------------------------------------------------------------------- can rows be shared?
+
+
+def shares_prefix(model):
+    """Whether completions share a row with their prompt. If not, each has a row of its own, and no
+    prompt continues from an image: slower, but right for any model."""
+    if getattr(model, "can_share", True):
+        use_shared_prefix_attention(model)
+        return True
+    return False
+
+
+def check_sharing(model, processor):
+    """Set model.can_share: whether log-probs in a shared row, and of a prompt that continues from
+    its image, are those of rows of their own. A layer of an unknown kind may mix completions.
+    LookupError if a prompt out of a batch has other log-probs than alone: select_prompts is wrong.
+    """
+    config, language = model.config.get_text_config(), language_model(model)
+    implementation = language.config._attn_implementation
+    rng, texts = np.random.default_rng(0), chat_texts(processor, ["the small ship on the left"] * 2)
+    images = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((64, 64, 3), (96, 128, 3))]
+    alone = encode(processor, images[1:], texts[1:])
+    prompt = to_device(select_prompts(encode(processor, images, texts), [1]), model)
+    ids, end = prompt["input_ids"], int(prompt["mm_token_type_ids"][0].nonzero().max()) + 1
+    completions = ids[:, -8:].view(2, 4)
+    first = {key: x[:, :end] if x.shape == ids.shape else x for key, x in prompt.items()}
+    # with padding in front, as the shorter of two texts has it
+    second = {key: F.pad(prompt[key][:, end:], (3, 0)) for key in ("input_ids", "attention_mask")}
+
+    def log_probs(prompt, first, second=None):
+        prefix = prefill(model, first)
+        prefix = extend(model, prefix, [0], second) if second else prefix
+        after = model.lm_head(prefix.last_hidden).float().log_softmax(-1)  # (1, V)
+        return after, completion_logps(model, prompt, completions, torch.ones_like(completions))
+
+    def are_right(found):
+        gap = max((a - b).abs().mean() for a, b in zip(found, right))
+        rounding = 1e-4 if model.dtype == torch.float32 else 0.03
+        return bool(gap < rounding * right[0].std())
+
+    with merged_inference(model):
+        model.can_share = False
+        right = log_probs(alone, alone)
+        if not are_right(log_probs(prompt, prompt)):
+            raise LookupError("a prompt has other log-probs in a batch than alone")
+        # no state (Qwen3.5), no window: it may be longer than this prompt
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if kinds == {"full_attention"} and not getattr(config, "sliding_window", None):
+            model.can_share = True
+            model.can_share = are_right(log_probs(prompt, first, second))
+    if not model.can_share:
+        language.set_attn_implementation(implementation)
 
 
 # ------------------------------------------------------------------------- LoRA
@@ -708,15 +847,29 @@ def save_adapter(model, folder, base):
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
 
 
+# PEFT's fields that do not change what the weights mean; of all others, the values that do not
+ANY_VALUE = """base_model_name_or_path r lora_alpha lora_dropout target_modules exclude_modules
+modules_to_save layers_to_transform layers_pattern inference_mode task_type auto_mapping
+peft_version megatron_core qalora_group_size""".split()
+USUAL = {
+    "peft_type": ["LORA"],
+    "bias": ["none"],
+    "revision": [None, "main"],
+    "init_lora_weights": [True, False, "gaussian"],
+}
+
+
 def read_adapter_config(folder):
     """adapter_config.json as a dict; InputError for an adapter that merge_adapter would misread."""
     path = Path(folder) / ADAPTER_CONFIG
     with error_border(f"{path} cannot be read", "expected the config of a LoRA adapter"):
         config = json.loads(path.read_text())
-        config["r"], config["lora_alpha"], config["base_model_name_or_path"]
-        for kind in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
-            if config.get(kind):
-                raise InputError(f"{path}: {kind} is not supported, merge with PEFT first")
+        config["r"], config["lora_alpha"]
+        if not config["base_model_name_or_path"]:
+            raise InputError(f"{path} names no base model: set base_model_name_or_path")
+        for name, value in config.items():
+            if name not in ANY_VALUE and value not in USUAL.get(name, (None, False, {}, [])):
+                raise InputError(f"{path}: {name} {value} is not supported, merge with PEFT first")
     return config
 
 
@@ -758,9 +911,11 @@ def save_policy(model, processor, folder):
     new = folder / ".new"
     model.save_pretrained(new, state_dict=state)
     processor.save_pretrained(new)
-    for file in new.iterdir():
-        os.replace(file, folder / file.name)
-    new.rmdir()
+    for file in (path for path in new.rglob("*") if path.is_file()):
+        target = folder / file.relative_to(new)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(file, target)
+    shutil.rmtree(new)
 
 
 # ------------------------------------------------------------------------- SAM
@@ -792,6 +947,65 @@ def load_sam(checkpoint=TINY_SAM):
     return sam.train().eval().requires_grad_(False)
 
 
+# config.model_type: the name of transformers' classes
+HUB_SAMS = {"sam": "Sam", "sam_hq": "SamHQ", "sam2": "Sam2", "sam2_video": "Sam2"}
+HUB_SAMS |= dict.fromkeys(["sam3", "sam3_video", "sam3_tracker"], "Sam3Tracker")
+
+
+class HubPredictor:
+    """What Segmenter needs of SamPredictor, for transformers' SAM, SAM-HQ, SAM 2 and SAM 3."""
+
+    def __init__(self, path, device):
+        import transformers
+
+        safe = {"trust_remote_code": False}
+        with error_border(f"--sam_ckpt {path} cannot be loaded", f"expected one of {[*HUB_SAMS]}"):
+            kind = HUB_SAMS[transformers.AutoConfig.from_pretrained(path, **safe).model_type]
+            self.processor = getattr(transformers, f"{kind}Processor").from_pretrained(path)
+            model, loading = getattr(transformers, f"{kind}Model").from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+            if loading["missing_keys"]:
+                raise LookupError(f"it has no {sorted(loading['missing_keys'])[0]}")
+        self.model, self.device = model.to(device).eval().requires_grad_(False), device
+        self.transform = self
+
+    def set_image(self, image):
+        """Embed an RGB array (H, W, 3)."""
+        inputs = self.processor(images=image.copy(), return_tensors="pt")
+        pixels = inputs["pixel_values"].to(self.device)
+        self.original_size = image.shape[:2]
+        resized = inputs.get("reshaped_input_sizes", torch.tensor([pixels.shape[-2:]]))
+        self.input_size = tuple(resized[0].tolist())  # (H, W), less what SAM and SAM-HQ pad
+        found = self.model.get_image_embeddings(pixels)
+        names = ("image_embeddings", "intermediate_embeddings")  # SAM-HQ has both
+        self.features = dict(zip(names, found if isinstance(found, tuple) else (found,)))
+
+    def apply_coords_torch(self, coords, size):
+        """Coordinates (…, 2) in an image of `size` (H, W) -> in the resized one."""
+        scale = [new / old for new, old in zip(self.input_size, size)]
+        return coords * torch.tensor(scale[::-1], dtype=coords.dtype, device=coords.device)
+
+    def predict_torch(self, point_coords, point_labels, boxes, multimask_output):
+        prompts = {"input_points": point_coords, "input_boxes": boxes}
+        prompts["input_labels"] = None if point_labels is None else point_labels.long()
+        prompts = {name: value[None] for name, value in prompts.items() if value is not None}
+        out = self.model(**self.features, **prompts, multimask_output=multimask_output)
+        sizes = {"original_sizes": [self.original_size], "reshaped_input_sizes": [self.input_size]}
+        (masks,) = self.processor.post_process_masks(out.pred_masks, **sizes)
+        return masks, out.iou_scores[0], out.pred_masks[0]
+
+
+def is_hub_model(path):
+    """Whether a path is a Hugging Face folder or hub name, not a file."""
+    return Path(path).is_dir() or (not Path(path).exists() and bool(HUB_NAME.fullmatch(str(path))))
+
+
+def weight_files(path):
+    """The files of weights of a model or SAM; none for a hub name."""
+    return [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("**/*.safetensors"))
+
+
 class Segmenter:
     """SAM: boxes and points -> masks. Call `set_image` once, then `segment` as often as wanted."""
 
@@ -799,7 +1013,10 @@ class Segmenter:
         from segment_anything import SamPredictor
 
         check_device(device)
-        self.predictor = SamPredictor(load_sam(checkpoint).to(device))
+        if is_hub_model(checkpoint):
+            self.predictor = HubPredictor(checkpoint, device)
+        else:
+            self.predictor = SamPredictor(load_sam(checkpoint).to(device))
         self.multimask, self.cache, self.cache_size = multimask, OrderedDict(), cache_size
 
     @torch.inference_mode()
@@ -839,11 +1056,12 @@ class Segmenter:
         to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=predictor.device)
         boxes, points, labels = zip(*prompts)
         points = to_tensor(np.stack([np.reshape(p, (count, 2)) for p in points]))  # (K, N, 2)
-        resize, size = predictor.transform, predictor.original_size
+        size, resize = predictor.original_size, predictor.transform.apply_coords_torch
+        corners = to_tensor(np.stack(boxes)).view(-1, 2, 2)
         masks, scores, logits = predictor.predict_torch(
-            point_coords=resize.apply_coords_torch(points, size) if count else None,
+            point_coords=resize(points, size) if count else None,
             point_labels=to_tensor(np.stack(labels)) if count else None,  # (K, N)
-            boxes=resize.apply_boxes_torch(to_tensor(np.stack(boxes)), size),  # (K, 4)
+            boxes=resize(corners, size).view(-1, 4),
             multimask_output=self.multimask,
         )  # (K, 1 or 3, H, W), (K, 1 or 3), (K, 1 or 3, 256, 256)
         # NOTE: a mask made of nan looks like an empty one

@@ -164,6 +164,10 @@ max_skips merge workers skip_bad device gradient_checkpointing val_batch_size re
 ref_patience""".split()
 
 
+# A terminal that is closed sends SIGHUP, which Windows does not have.
+STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+
+
 class Run:
     """A training run: its processes, folder, log, checkpoints, and the signals that stop it."""
 
@@ -172,17 +176,12 @@ class Run:
         self.args, self.folder = args, Path(args.log_dir) / args.version_name
         if Path(args.model_path).resolve() == self.folder.resolve():
             raise InputError(f"--model_path {self.folder} would be overwritten: --version_name")
-        self.rank, self.world, self.local_rank = (
-            int(os.environ.get(name) or default)
-            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
-        self.device = f"cuda:{self.local_rank}" if args.device == "cuda" else args.device
+        joined = sampler.join_processes(args.device)
+        self.rank, self.world, self.local_rank, self.device = joined
         sampler.check_device(self.device)
         self.is_cuda = self.device.startswith("cuda")
         if self.is_cuda:
             torch.cuda.set_device(self.device)
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.is_cuda else "gloo")
         # full fine-tuning needs float32 weights: updates of 1e-5 vanish in bfloat16
         self.dtype = torch.bfloat16 if self.is_cuda and args.lora_rank else torch.float32
         self.done, self.skipped, self.in_a_row = 0, 0, 0
@@ -212,8 +211,9 @@ class Run:
             self.signal = number
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        signal.signal(signal.SIGTERM, note_signal)
-        signal.signal(signal.SIGINT, note_signal)
+        for ending in STOPPING:
+            if signal.getsignal(ending) != signal.SIG_IGN:  # as nohup has it for SIGHUP
+                signal.signal(ending, note_signal)
 
     def print0(self, text):
         if self.rank == 0:
@@ -257,7 +257,8 @@ class Run:
         settings["model"] = f"{model.dtype}, fingerprint {sampler.fingerprint(model, processor)}"
         settings["checksum of the data"] = data.checksum(samples)
         if "mask" in getattr(self.args, "reward", ()):
-            settings["checksum of --sam_ckpt"] = zlib.crc32(Path(self.args.sam_ckpt).read_bytes())
+            weights = b"".join(p.read_bytes() for p in sampler.weight_files(self.args.sam_ckpt))
+            settings["checksum of --sam_ckpt"] = zlib.crc32(weights)
         self.settings = settings
         saved = self.read_newest_checkpoint() if self.args.resume else None
         if saved:
@@ -306,15 +307,12 @@ class Run:
         """train.jsonl, less the lines of updates that come again. An earlier run of the same name
         is moved, not overwritten."""
         folder, path = self.folder, self.folder / "train.jsonl"
-        is_used = any(
-            (folder / name).exists() for name in ("checkpoints", "config.json", "adapter")
-        )
+        names = ("checkpoints", "config.json", "adapter")
+        is_used = any((folder / name).exists() for name in names)
         if not self.done and (is_used or (path.exists() and not self.args.resume)):
             aside = next(p for i in count(1) if not (p := Path(f"{folder}.{i}")).exists())
             os.replace(folder, aside)
-            print(
-                f"NOTE: the run that was in {folder} is in {aside} now (--resume continues a run)"
-            )
+            print(f"NOTE: the run that was in {folder} is now in {aside} (--resume continues it)")
         with self.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "args.json").write_text(json.dumps(vars(self.args)))
@@ -337,10 +335,8 @@ class Run:
                 self.file.write(json.dumps({k: finite(v) for k, v in line.items()}) + "\n")
                 self.file.flush()
         if self.in_a_row >= self.args.max_skips:
-            raise InputError(
-                f"{self.in_a_row} updates in a row were skipped, as loss or gradient was nan or "
-                "infinite: start again with a lower --lr (the weights saved so far are finite)"
-            )
+            reason = "as loss or gradient was nan or infinite: start again with a lower --lr"
+            raise InputError(f"{self.in_a_row} updates in a row were skipped, {reason}")
 
     def validate(self, model, processor, val):
         """eval.validate with the settings of this run."""
@@ -401,16 +397,16 @@ class Run:
             return
         number = self.signal or signal.SIGTERM
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self.print0(
-            f"\nstopped by {name} after update {step} of {steps}, saved: --resume continues there"
-        )
+        done = f"after update {step} of {steps}, saved: --resume continues there"
+        self.print0(f"\nstopped by {name} {done}")
         if self.world > 1:
             dist.destroy_process_group()
         raise SystemExit(128 + number)
 
     def finish(self, model, processor, val, before, flags=""):
         """Validate again, print the change and what to do next, and leave the process group."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for ending in STOPPING:
+            signal.signal(ending, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         after = self.validate(model, processor, val)
         for name, old in before.items():
@@ -450,8 +446,8 @@ def checkpoint_error(checkpoint):
 
 def ignore_signals(*_):
     """For data workers: a Ctrl-C reaches them too, and the loop still needs them."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for ending in STOPPING:
+        signal.signal(ending, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------- main
@@ -481,7 +477,10 @@ def main(args):
 
     def collate(prompts):
         columns = zip(*((p.image, p.text, p.answer) for p in prompts))
-        return data.collate(processor, *map(list, columns))
+        batch = data.collate(processor, *map(list, columns))
+        # NOTE: workers send arrays through a pipe, but tensors through /dev/shm: where it is small
+        # (64 MB in Docker), they would wait for ever
+        return {key: value.numpy() for key, value in batch.items()}
 
     loader = DataLoader(
         data.PromptDataset(train, frame_of, args),
@@ -508,7 +507,8 @@ def main(args):
             group["lr"] = lr
         sums = [0.0, 0, 0]  # loss, answer tokens, all tokens
         for _ in range(args.accumulate):
-            batch = {key: value.to(run.device) for key, value in next(batches).items()}
+            arrays = next(batches)
+            batch = {key: torch.from_numpy(a).to(run.device) for key, a in arrays.items()}
             tokens = int(batch["attention_mask"].sum())
             with sampler.mixed_precision(model):
                 loss, answer_tokens = answer_loss(model, batch)

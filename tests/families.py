@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 
 from assets.make_tiny import CHAT_TEMPLATE
 
-QWEN = ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"]
+QWEN = ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5"]
 TILED = ["InternVL", "Llava", "LlavaNext", "LlavaOnevision"]
 SIDE, PATCH = 28, 7  # pixels of a tile, and of a patch of it: 4 x 4 patches
 SQUARE = {"height": SIDE, "width": SIDE}
@@ -28,14 +28,17 @@ def small_policy(kind, tokenizer=None):
     else:
         processor = tiled_processor(kind)
         text, vision, more = tiled_config(kind, processor)
-    text |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    text |= {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    text["num_hidden_layers"] = 4 if kind == "Qwen3_5" else 2
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     text["vocab_size"] = max(len(processor.tokenizer), 1000)
     text["pad_token_id"] = processor.tokenizer.pad_token_id
     text["eos_token_id"] = processor.tokenizer.eos_token_id
     config = getattr(hf, f"{kind}Config")(text_config=text, vision_config=vision, **more)
     torch.manual_seed(0)
-    return getattr(hf, f"{kind}ForConditionalGeneration")(config).eval(), processor
+    model = getattr(hf, f"{kind}ForConditionalGeneration")(config).eval()
+    model.can_share = kind != "Qwen3_5"  # as load_policy finds out
+    return model, processor
 
 
 def saved_policy(kind, folder):
@@ -46,6 +49,7 @@ def saved_policy(kind, folder):
 
 
 def qwen_processor(kind, tokenizer):
+    kind = "Qwen3VL" if kind == "Qwen3_5" else kind
     patch = 16 if kind == "Qwen3VL" else 14
     images = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
     size = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
@@ -63,12 +67,18 @@ def qwen_config(kind, processor):
         "Qwen2_5_VL": {**newer, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
         "Qwen3VL": {**newer, "patch_size": 16, "num_position_embeddings": 64}
         | {"deepstack_visual_indexes": [0]},
+        "Qwen3_5": {**newer, "patch_size": 16, "num_position_embeddings": 64},
     }[kind]
     ids = processor.tokenizer.convert_tokens_to_ids
     tokens = {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
     tokens |= {"image": "<|image_pad|>", "video": "<|video_pad|>"}
     more = {f"{name}_token_id": ids(token) for name, token in tokens.items()}
-    return {"rope_parameters": rope}, vision, more
+    text = {"rope_parameters": rope}
+    if kind == "Qwen3_5":  # three of four layers are linear attention
+        rope |= {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
+        text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    return text, vision, more
 
 
 def tiled_processor(kind):

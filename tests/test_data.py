@@ -501,23 +501,6 @@ def test_the_check_of_a_data_set_prints_counts_and_draws_a_sheet(small_set, run,
     assert Image.open(tmp_path / "runs/data/contact_sheet.png").size == (6 * 224, 4 * 240)
 
 
-@pytest.mark.parametrize("mode", ["I;16", "F"])
-def test_an_image_of_more_than_8_bits_is_refused_with_the_command_that_converts_it(tmp_path, mode):
-    Image.new(mode, (4, 3)).save(tmp_path / "x", "TIFF")
-    with pytest.raises(InputError, match="expected 8 bits: gdal_translate"):
-        data.open_image(tmp_path / "x")
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PT", "RGBA", "CMYK"])
-def test_an_image_of_any_mode_becomes_rgb_without_a_warning(tmp_path, mode):
-    options = {"transparency": bytes(range(256))} if mode == "PT" else {}
-    image = Image.new(mode[0] if mode == "PT" else mode, (1, 1))
-    image.save(tmp_path / "x", "TIFF" if mode == "CMYK" else "PNG", **options)
-    image = data.open_image(tmp_path / "x")
-    assert image.mode == "RGB" and image.size == (1, 1)
-
-
 @pytest.mark.filterwarnings("error")
 def test_a_large_image_opens_without_a_warning_and_one_twice_too_large_does_not(
     tmp_path, monkeypatch
@@ -536,14 +519,6 @@ def test_a_file_that_pillow_would_hand_to_another_program_is_not_opened(tmp_path
     assert Image.open(tmp_path / "x.jpg").format == "EPS"
     with pytest.raises(InputError, match="cannot identify"):
         data.open_image(tmp_path / "x.jpg")
-
-
-def test_a_photo_is_turned_upright_but_an_image_of_a_data_set_is_read_as_stored(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: to be shown turned by 90 degrees
-    Image.new("RGB", (40, 20)).save(tmp_path / "x.jpg", exif=exif)
-    assert data.open_image(tmp_path / "x.jpg", upright=True).size == (20, 40)
-    assert data.open_image(tmp_path / "x.jpg").size == (40, 20)
 
 
 def test_image_and_text_apart_hold_the_tokens_of_the_whole(tiny):

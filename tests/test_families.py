@@ -22,8 +22,10 @@ import sft
 from assets import make_demo
 from sampler import InputError
 
+KINDS = ["Qwen2_5_VL", "Qwen3_5", *TILED]
 
-@pytest.mark.parametrize("kind, prompts", [*zip(["Qwen2_5_VL", *TILED], ["points", "sam"] * 3)])
+
+@pytest.mark.parametrize("kind, prompts", [*zip(KINDS, ["points", "sam"] * 3)])
 def test_training_and_evaluation_run_on_every_family(kind, prompts, tmp_path, monkeypatch):
     """SFT, GRPO with a reference, evaluation, each from the folder of the one before."""
     base, rewards = saved_policy(kind, tmp_path / "base"), grpo.reward_group
@@ -34,7 +36,8 @@ def test_training_and_evaluation_run_on_every_family(kind, prompts, tmp_path, mo
     sft.main(sft.get_args([*common, *train, "--model_path", base, "--max_step", "1"]))
     adapter = load_file(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")
     before = sampler.load_policy(base)[0].state_dict()
-    merger = "visual.merger.mlp.0" if kind in QWEN else "multi_modal_projector.linear_1"
+    merger = {"Qwen2_5_VL": "visual.merger.mlp.0", "Qwen3_5": "visual.merger.linear_fc1"}
+    merger = merger.get(kind, "multi_modal_projector.linear_1")
     moved = adapter[f"base_model.model.model.{merger}.weight"] - before[f"model.{merger}.weight"]
     assert moved.abs().max() > 1e-3
 
@@ -111,7 +114,7 @@ def test_prompts_are_written_in_the_frame_that_they_are_asked_in(frame, small_se
 def test_a_box_in_decimals_reaches_the_image_in_pixels(monkeypatch):
     policy, image, asked = small_policy("Llava"), Image.new("RGB", (200, 100)), []
     answers = iter(["<answer>[0.25,0.310,0.5,1.000]</answer>", "<answer>[1]</answer>"])
-    speak = lambda model, processor, views, prompts, *_: (
+    speak = lambda model, processor, prefix, which, prompts, *_: (
         asked.extend(prompts) or [(text := next(answers), np.ones(len(text)))]
     )
     monkeypatch.setattr(evaluation, "generate_answers", speak)
@@ -156,18 +159,21 @@ def test_text_behind_an_image_is_tokenised_as_such_and_not_as_a_beginning():
     assert batch["attention_mask"].tolist() == [[0, 1], [1, 1]]
 
 
-@pytest.mark.parametrize("flaw", ["vision_config", "chat_template", "image_token"])
+@pytest.mark.parametrize("flaw", ["pixels", "chat_template", "image_token"])
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line(flaw, tmp_path, monkeypatch):
-    """Pixtral takes images of any size, in rows of patches with breaks."""
     model, processor = small_policy("Llava")
-    if flaw == "vision_config":
-        model.config.vision_config = hf.PixtralVisionConfig()
+    if flaw == "pixels":  # in another order than the prompts
+        encode = processor.image_processor.preprocess
+        turn = lambda images, *a, **k: encode(images[::-1], *a, **k)
+        monkeypatch.setattr(processor.image_processor, "preprocess", turn)
     else:
         setattr(processor, flaw, None)
-    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda *_: processor)
+    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda *_, **__: processor)
     load = lambda *_, **__: model
     monkeypatch.setattr(hf.AutoModelForImageTextToText, "from_pretrained", load)
-    with pytest.raises(InputError, match=f"{tmp_path} is a llava, expected a Qwen-VL") as error:
+    with pytest.raises(
+        InputError, match=f"{tmp_path} is a llava that .*: expected a Qwen-VL"
+    ) as error:
         sampler.load_policy(tmp_path)
     assert "\n" not in str(error.value)
 

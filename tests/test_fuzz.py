@@ -204,13 +204,11 @@ def test_a_mutated_segmentation_has_the_size_it_says_or_is_refused(count):
 
 MODES = {
     "PNG": ["RGB", "RGBA", "LA", "L", "P", "1"],
-    "JPEG": ["RGB", "L", "CMYK"],
-    "TIFF": ["RGB", "CMYK", "P", "1"],
+    "JPEG": ["RGB", "L"],
+    "TIFF": ["RGB", "P", "1"],
     "BMP": ["RGB", "P"],
     "GIF": ["P"],
     "WEBP": ["RGB", "RGBA"],
-    "PPM": ["RGB", "1"],
-    "JPEG2000": ["RGB"],
 }
 
 
@@ -260,16 +258,16 @@ def test_a_damaged_image_is_rgb_or_one_line_without_a_warning(tmp_path, count):
         image, _ = one_line(data.open_image, tmp_path / "x", rng.random() < 0.5)
         assert image is None or image.mode == "RGB"
         read += image is not None
-    assert read > 60 * count
+    assert read > 30 * count
 
 
 def test_an_image_cut_short_is_never_read_as_another(tmp_path):
     for _, content in images():
         (tmp_path / "x").write_bytes(content)
-        whole = data.open_image(tmp_path / "x")
+        whole = data.open_image(tmp_path / "x", upright=True)
         for end in range(0, len(content), max(1, len(content) // 12)):
             (tmp_path / "x").write_bytes(content[:end])
-            image, _ = one_line(data.open_image, tmp_path / "x")
+            image, _ = one_line(data.open_image, tmp_path / "x", True)
             assert image is None or image == whole
 
 

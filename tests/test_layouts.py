@@ -277,34 +277,6 @@ def test_damaged_bytes_of_any_file_are_one_line_or_harmless(sets, tmp_path):
 
 # ------------------------------------------------------------------------- mask files
 
-TRUTH = np.zeros((6, 9), bool)
-TRUTH[1:4, 2:8] = True
-
-
-def mask_image(mode):
-    """TRUTH in an image mode, with 1 or another small number where it is true."""
-    small = TRUTH.astype(np.uint8)
-    if mode == "P":  # the palette makes index 0 white and index 1 black
-        image = Image.fromarray(small, "L").convert("P")
-        image.putdata(small.ravel().tolist())
-        image.putpalette([255, 255, 255, 0, 0, 0])
-        return image
-    if mode in ("RGB", "RGBA", "LA"):  # the other channels say something else
-        others = [255 - 255 * small] * (len(mode) - 1)
-        return Image.fromarray(np.stack([small, *others], -1), mode)
-    arrays = {"1": TRUTH, "L": small, "I;16": small.astype(np.uint16) * 256}
-    return Image.fromarray({**arrays, "F": np.where(TRUTH, 0.5, np.nan).astype(np.float32)}[mode])
-
-
-@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "F"])
-def test_foreground_is_what_is_above_0_in_the_first_channel_or_the_palettes_index(tmp_path, mode):
-    image = mask_image(mode)
-    assert image.mode == mode
-    image.save(tmp_path / "x", "TIFF" if mode == "F" else "PNG")
-    mask = data.open_mask(tmp_path / "x")
-    assert mask.dtype == bool and (mask == TRUTH).all()
-
 
 def test_a_mask_file_that_fails_is_named_with_its_record_and_its_remedy(sets, tmp_path):
     shutil.copytree(sets[0] / "RefSegRS", tmp_path / "refsegrs")

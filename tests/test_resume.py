@@ -259,7 +259,7 @@ def test_a_run_continues_with_the_same_sam_wherever_it_lies(runs, tmp_path, caps
 
 
 def test_an_earlier_run_of_the_same_name_is_set_aside(copy, trained):
-    assert f"is in {copy.folder}.1 now" in copy.resume("--no-resume --max_step 1")
+    assert f"is now in {copy.folder}.1" in copy.resume("--no-resume --max_step 1")
     assert_same(Path(f"{copy.folder}.1"), trained)
     assert len(lines_of(copy.folder)) == 1
 

@@ -128,13 +128,14 @@ def test_a_prompt_prefilled_in_two_parts_is_the_prompt(policy):
     phrases = "a ship", f"the one left of {processor.image_token}", "a house"
     prompts = [data.box_prompt(phrase) for phrase in phrases]
     whole = data.collate(processor, [images[row] for row in rows], prompts)
-    prefix = sampler.prefill(model, data.collate_images(processor, images))
-    apart = sampler.extend(model, prefix, rows, data.collate_text(processor, prompts))
-    together = sampler.prefill(model, whole)
-    assert torch.allclose(apart.last_hidden, together.last_hidden, atol=1e-4)
-    assert (apart.next_position == together.next_position).all()
-    # the images can be extended again
-    assert prefix.attention_mask.shape[1] == prefix.cache.get_seq_length()
+    apart = together = sampler.prefill(model, whole)
+    if sampler.shares_prefix(model):
+        prefix = sampler.prefill(model, data.collate_images(processor, images))
+        apart = sampler.extend(model, prefix, rows, data.collate_text(processor, prompts))
+        assert torch.allclose(apart.last_hidden, together.last_hidden, atol=1e-4)
+        assert (apart.next_position == together.next_position).all()
+        # the images can be extended again
+        assert prefix.attention_mask.shape[1] == prefix.cache.get_seq_length()
     ids, *_ = sampler.decode(model, processor, apart, 1, 12, 0.0)
     if not hasattr(model.model, "get_rope_index"):  # generate takes what a signature names
         whole.pop("mm_token_type_ids")
@@ -205,6 +206,47 @@ def test_the_shared_prefix_gives_what_the_padded_batch_gives(kind, checkpointing
     difference = sum(((packed_grads[n] - g) ** 2).sum() for n, g in padded_grads.items()) ** 0.5
     norm = sum((g**2).sum() for g in padded_grads.values()) ** 0.5
     assert norm > 0.1 and difference / norm < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [*QWEN, *TILED])
+def test_models_that_cannot_share_a_row_are_found_out(kind, dtype):
+    model, processor = small_policy(kind)
+    sampler.check_sharing(model.to(dtype), processor)
+    assert model.can_share == (kind != "Qwen3_5")
+
+
+def add_mean(module, args, output):
+    """A layer that nobody has heard of: each token also sees the mean of those before it."""
+    counts = torch.arange(1, output.shape[1] + 1)[:, None]
+    return output + 0.1 * output.cumsum(1) / counts
+
+
+def forget_positions(module, args, kwargs):
+    return args, {**kwargs, "position_ids": None}
+
+
+@pytest.mark.parametrize("flaw", ["mean", "positions", "window"])
+def test_a_model_of_an_unknown_kind_is_refused_or_computed_the_plain_way(flaw):
+    model, processor = small_policy("LlavaNext")
+    language = model.model.language_model
+    if flaw == "mean":
+        language.layers[0].register_forward_hook(add_mean)
+    elif flaw == "positions":
+        language.register_forward_pre_hook(forget_positions, with_kwargs=True)
+    else:
+        language.config.sliding_window = 8
+    if flaw == "mean":  # it sees padding, too: wrong in any batch
+        with pytest.raises(LookupError, match="other log-probs in a batch than alone"):
+            sampler.check_sharing(model, processor)
+        return
+    sampler.check_sharing(model, processor)
+    assert not model.can_share
+    prompt, completions, mask, logp = sample(model, processor, 4, 9, 1.0)
+    with torch.no_grad():
+        expected = padded_logps(model, prompt, completions, mask, 1.0)
+    assert torch.allclose(score(model, prompt, completions, mask), expected, atol=1e-5)
+    assert torch.allclose(logp, expected, atol=1e-5)
 
 
 def test_sampling_gives_the_log_probs_that_scoring_gives(policy):
