@@ -69,43 +69,6 @@ def box_iou(a, b):
     return inter / np.where(union > 0, union, 1)
 
 
-def hungarian(scores):
-    """Column for every row of scores (N, M), N <= M, each used once, with the largest total: (N,).
-    The Hungarian method: rows join one by one along the cheapest alternating path. The potentials
-    `u` and `v` keep every reduced cost, cost - u - v, at 0 or above."""
-    cost = -np.asarray(scores, dtype=np.float64)
-    rows, cols = cost.shape
-    u, v = np.zeros(rows), np.zeros(cols + 1)
-    row_of = np.full(cols + 1, -1)  # the row of each column; a new row starts in an extra column
-    for row in range(rows):
-        row_of[cols], col = row, cols
-        slack, previous = np.full(cols, np.inf), np.full(cols, cols)
-        visited = np.zeros(cols + 1, bool)
-        while row_of[col] >= 0:  # until the path reaches a column that no row has
-            visited[col] = True
-            free = ~visited[:cols]
-            reduced = cost[row_of[col]] - u[row_of[col]] - v[:cols]
-            better = free & (reduced < slack)
-            slack[better], previous[better] = reduced[better], col
-            nearest = np.where(free, slack, np.inf).argmin()
-            step = slack[nearest]
-            u[row_of[visited]] += step
-            v[visited] -= step
-            slack[free] -= step
-            col = nearest
-        while col != cols:  # shift every row on the path to the next column
-            row_of[col], col = row_of[previous[col]], previous[col]
-    return np.argsort(row_of[:cols])[cols - rows :]
-
-
-def matched_iou(pred, true):
-    """IoU summed over the best matching of boxes (N, 4) with boxes (M, 4), divided by the larger
-    count, so that extra and missing boxes cost; 0 if there are none."""
-    iou = box_iou(pred, true)  # (N, M)
-    iou = iou if len(iou) <= iou.shape[1] else iou.T
-    return float(iou[np.arange(len(iou)), hungarian(iou)].sum() / max(iou.shape[1], 1))
-
-
 def mask_iou(pred, true):
     """Intersection, union and IoU of two bool masks (H, W). Both empty counts as IoU 1."""
     inter, union = int((pred & true).sum()), int((pred | true).sum())
@@ -115,52 +78,6 @@ def mask_iou(pred, true):
 def mask_to_box(mask):
     """Tight half-open box (x1, y1, x2, y2) of a bool mask (H, W); zeros for an empty mask."""
     return np.array(Image.fromarray(mask).getbbox() or (0, 0, 0, 0), dtype=np.float64)
-
-
-def connected_components(mask, min_share=0.01):
-    """The 8-connected parts of a bool mask (H, W): a list of masks, in the order of their first
-    pixels. Parts below `min_share` of the mask are noise and left out, but never the largest.
-
-    Every pixel starts with its own number as label. In each round it takes the lowest label around
-    it, and passes that on to the pixel whose number its old label was. So labels travel fast: the
-    number of rounds grows with the logarithm of a part's size.
-    """
-    count, (height, width) = int(mask.sum()), mask.shape
-    index = np.full((height + 2, width + 2), count)  # `count` stands for the background
-    index[1:-1, 1:-1][mask] = np.arange(count)  # in reading order
-    shifts = [(y, x) for y in range(3) for x in range(3)]
-    neighbours = np.stack([index[y : y + height, x : x + width][mask] for y, x in shifts])  # (9, N)
-    label, before = np.arange(count + 1), None
-    while before is None or (label != before).any():
-        before = label.copy()
-        np.minimum.at(label, before[:count], before[neighbours].min(0))
-        label = label[label]
-    _, part, areas = np.unique(label[:count], return_inverse=True, return_counts=True)
-    parts = []
-    for k in np.flatnonzero(areas >= min(min_share * count, areas.max(initial=0))):
-        parts.append(np.zeros_like(mask))
-        parts[-1][mask] = part == k
-    return parts
-
-
-def interior_points(mask):
-    """Two points (2, 2) well inside a bool mask (H, W) that is not empty: the pixel deepest in it,
-    counted in erosions, and the one farthest from there of those at least half as deep. Of a large
-    mask only every n-th pixel counts."""
-    x1, y1, x2, y2 = mask_to_box(mask).astype(int)
-    step = math.ceil(max(x2 - x1, y2 - y1) / 64)
-    step = step if mask[y1:y2:step, x1:x2:step].any() else 1  # a thin mask may be missed
-    left = np.pad(mask[y1:y2:step, x1:x2:step], 1)
-    depth = np.zeros(left.shape, dtype=int)
-    while left.any():
-        depth += left
-        left[1:-1, 1:-1] &= left[:-2, 1:-1] & left[2:, 1:-1] & left[1:-1, :-2] & left[1:-1, 2:]
-    rows, columns = np.nonzero(2 * depth >= depth.max())
-    pixels = np.stack([columns, rows], -1)  # (N, 2)
-    first = pixels[depth[rows, columns].argmax()]
-    second = pixels[((pixels - first) ** 2).sum(1).argmax()]
-    # NOTE: a little less than the pixel's centre, which would round up to the next pixel
-    return np.stack([first, second]) * step - step + np.array([x1, y1]) + 0.5 - 1e-6
 
 
 # ------------------------------------------------------------------------- masks on disk: COCO RLE
@@ -266,8 +183,8 @@ def decode_segmentation(segmentation, height, width):
 LIST_BAD = "; python data.py lists all bad records, --skip_bad leaves them out"
 MAX_CHARS = 2000  # of a phrase: some 500 tokens
 REF_ID = re.compile(r"[\w.+ -]{1,200}")  # eval.py names pictures after it
-# Not all that Pillow can read: for some formats it starts another program on the file, of others
-# it does not say how many bits they have.
+# Not all that Pillow can read: for EPS it starts another program, Ghostscript, and of JPEG 2000 it
+# does not say how many bits there were.
 MASK_FORMATS = ["BMP", "PNG", "TIFF"]  # without loss
 FORMATS = [*MASK_FORMATS, "GIF", "JPEG", "WEBP"]
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
@@ -626,13 +543,14 @@ def draw_demo(name, data_root):
 def draw_missing_demos(names, data_root):
     """Draw the demo sets among `names` that are missing: process 0, while the others wait."""
     demos = [name for name in names if name in DEMOS]
-    for name in demos if sampler.rank_and_world()[0] == 0 else []:
-        sets = find_sets(data_root)
-        others = ", ".join(sorted(set(sets) - set(map(set_key, DEMOS))))
-        if set_key(name) not in sets:
-            if others and names == ["demo"]:  # it is the default of --option
-                raise InputError(f"{data_root} holds {others}: name the set with --option")
-            draw_demo(name, data_root)
+    if sampler.rank_and_world()[0] == 0:
+        for name in demos:
+            sets = find_sets(data_root)
+            others = ", ".join(sorted(set(sets) - set(map(set_key, DEMOS))))
+            if set_key(name) not in sets:
+                if others and names == ["demo"]:  # it is the default of --option
+                    raise InputError(f"{data_root} holds {others}: name the set with --option")
+                draw_demo(name, data_root)
     if demos and dist.is_initialized():
         dist.barrier()
 
@@ -651,7 +569,8 @@ def load_samples(option, data_root, split=None, problems=None):
             found = ", ".join(sorted(sets)) or "no set"
             raise InputError(f"--option {name}: no such set in --data_root {data_root} ({found})")
         folder, layout, splits = sets[set_key(name)]
-        (read, parts), unique, before = LAYOUTS[layout], {}, len(problems or [])
+        read, parts = LAYOUTS[layout]
+        unique, before = {}, len(problems or [])
         wanted = [split] if layout == "refer" else [s for s in splits if split in (None, s)]
         for one in wanted:
             for sample in read(one, problems, *(folder / part.format(one) for part in parts)):
@@ -847,6 +766,52 @@ def reasoning(sample, index, mask):
     return rationale(sample.class_name, mask_to_box(mask), *mask.shape[::-1])
 
 
+def connected_components(mask, min_share=0.01):
+    """The 8-connected parts of a bool mask (H, W): a list of masks, in the order of their first
+    pixels. Parts below `min_share` of the mask are noise and left out, but never the largest.
+
+    Every pixel starts with its own number as label. In each round it takes the lowest label around
+    it, and passes that on to the pixel whose number its old label was. So labels travel fast: the
+    number of rounds grows with the logarithm of a part's size.
+    """
+    count, (height, width) = int(mask.sum()), mask.shape
+    index = np.full((height + 2, width + 2), count)  # `count` stands for the background
+    index[1:-1, 1:-1][mask] = np.arange(count)  # in reading order
+    shifts = [(y, x) for y in range(3) for x in range(3)]
+    neighbours = np.stack([index[y : y + height, x : x + width][mask] for y, x in shifts])  # (9, N)
+    label, before = np.arange(count + 1), None
+    while before is None or (label != before).any():
+        before = label.copy()
+        np.minimum.at(label, before[:count], before[neighbours].min(0))
+        label = label[label]
+    _, part, areas = np.unique(label[:count], return_inverse=True, return_counts=True)
+    parts = []
+    for k in np.flatnonzero(areas >= min(min_share * count, areas.max(initial=0))):
+        parts.append(np.zeros_like(mask))
+        parts[-1][mask] = part == k
+    return parts
+
+
+def interior_points(mask):
+    """Two points (2, 2) well inside a bool mask (H, W) that is not empty: the pixel deepest in it,
+    counted in erosions, and the one farthest from there of those at least half as deep. Of a large
+    mask only every n-th pixel counts."""
+    x1, y1, x2, y2 = mask_to_box(mask).astype(int)
+    step = math.ceil(max(x2 - x1, y2 - y1) / 64)
+    step = step if mask[y1:y2:step, x1:x2:step].any() else 1  # a thin mask may be missed
+    left = np.pad(mask[y1:y2:step, x1:x2:step], 1)
+    depth = np.zeros(left.shape, dtype=int)
+    while left.any():
+        depth += left
+        left[1:-1, 1:-1] &= left[:-2, 1:-1] & left[2:, 1:-1] & left[1:-1, :-2] & left[1:-1, 2:]
+    rows, columns = np.nonzero(2 * depth >= depth.max())
+    pixels = np.stack([columns, rows], -1)  # (N, 2)
+    first = pixels[depth[rows, columns].argmax()]
+    second = pixels[((pixels - first) ** 2).sum(1).argmax()]
+    # NOTE: a little less than the pixel's centre, which would round up to the next pixel
+    return np.stack([first, second]) * step - step + np.array([x1, y1]) + 0.5 - 1e-6
+
+
 def true_instances(mask):
     """[(box (4,), two points in it (2, 2))] of the MAX_INSTANCES largest parts of a mask."""
     parts = connected_components(mask)
@@ -976,6 +941,43 @@ def merge_duplicates(instances, max_iou=0.5):
     return [instances[i] for i in nms(torch.from_numpy(boxes), scores, max_iou)]
 
 
+def hungarian(scores):
+    """Column for every row of scores (N, M), N <= M, each used once, with the largest total: (N,).
+    The Hungarian method: rows join one by one along the cheapest alternating path. The potentials
+    `u` and `v` keep every reduced cost, cost - u - v, at 0 or above."""
+    cost = -np.asarray(scores, dtype=np.float64)
+    rows, cols = cost.shape
+    u, v = np.zeros(rows), np.zeros(cols + 1)
+    row_of = np.full(cols + 1, -1)  # the row of each column; a new row starts in an extra column
+    for row in range(rows):
+        row_of[cols], col = row, cols
+        slack, previous = np.full(cols, np.inf), np.full(cols, cols)
+        visited = np.zeros(cols + 1, bool)
+        while row_of[col] >= 0:  # until the path reaches a column that no row has
+            visited[col] = True
+            free = ~visited[:cols]
+            reduced = cost[row_of[col]] - u[row_of[col]] - v[:cols]
+            better = free & (reduced < slack)
+            slack[better], previous[better] = reduced[better], col
+            nearest = np.where(free, slack, np.inf).argmin()
+            step = slack[nearest]
+            u[row_of[visited]] += step
+            v[visited] -= step
+            slack[free] -= step
+            col = nearest
+        while col != cols:  # shift every row on the path to the next column
+            row_of[col], col = row_of[previous[col]], previous[col]
+    return np.argsort(row_of[:cols])[cols - rows :]
+
+
+def matched_iou(pred, true):
+    """IoU summed over the best matching of boxes (N, 4) with boxes (M, 4), divided by the larger
+    count, so that extra and missing boxes cost; 0 if there are none."""
+    iou = box_iou(pred, true)  # (N, M)
+    iou = iou if len(iou) <= iou.shape[1] else iou.T
+    return float(iou[np.arange(len(iou)), hungarian(iou)].sum() / max(iou.shape[1], 1))
+
+
 class Answer(NamedTuple):
     """What a text says, read once and judged by every reward and metric, in the model's frame."""
 
@@ -1032,10 +1034,11 @@ class Prompt(NamedTuple):
 class PromptDataset(Dataset):
     """(pass through the samples, index, task) -> Prompt, for both stages of training.
 
-    task: "box", or "point" for the labels of a grid in the true box, jittered, or in any object's
-    (share `miss_ratio`). With --prompts sam, one prompt takes the place of both. The key alone
-    seeds every draw, so a prompt does not depend on the process or data worker that makes it.
-    frame_of: (width, height) -> sampler.answer_frame.
+    The task "box" asks for the box of a phrase. The task "point" asks for the labels of a grid. It
+    lies in the true box, jittered; for a share `miss_ratio` of prompts it lies in the box of any
+    object of the image, so that 0 is learned, too. With --prompts sam, one prompt takes the place
+    of both. The key alone seeds every draw, so a prompt does not depend on the process or data
+    worker that makes it. frame_of: (width, height) -> sampler.answer_frame.
     """
 
     def __init__(self, samples, frame_of, args):
@@ -1077,7 +1080,7 @@ class PromptDataset(Dataset):
 def mixture_counts(option, samples):
     """[(indices of a set's samples, how many of them an epoch draws)] for each set of `--option`.
     Without weights an epoch draws every sample once. With weights it draws as many in all, shared
-    out by weight."""
+    out by weight: of a:2,b:1 with 3 samples each, an epoch draws 4 from a and 2 from b."""
     sets = parse_option(option)
     if not any(sets.values()):
         return [(np.arange(len(samples)), len(samples))]
@@ -1104,9 +1107,9 @@ class PromptSampler(Iterator):
         self.set_epoch(0)
 
     def draw(self, epoch):
-        """What an epoch asks, before it is shuffled: (pass, index) (N, 2). Each set continues where
-        the last epoch left it, pass after pass. So all its samples come equally often, and one that
-        comes twice in an epoch gets another prompt."""
+        """What an epoch asks, before it is shuffled: (pass, index) (N, 2). A pass goes once
+        through the samples of one set. An epoch continues each set where the last epoch left it. So
+        all its samples come equally often, and one that comes twice gets another prompt."""
         parts = []
         for number, (indices, draws) in enumerate(self.counts):
             passes, places = np.divmod(np.arange(epoch * draws, (epoch + 1) * draws), len(indices))
@@ -1208,7 +1211,7 @@ def checksum(samples):
 
 def warn_about_prompts(path, prompts):
     """Print a note if a model was trained with the other --prompts: it may have no answer."""
-    for row in read_jsonl(Path(path) / "args.json")[:1] if Path(path).is_dir() else ():
+    for row in read_jsonl(Path(path) / "args.json")[:1]:
         if isinstance(row, dict) and row.get("prompts", prompts) != prompts:
             print(f"NOTE: {path} was trained with --prompts {row['prompts']}, not {prompts}")
 
@@ -1226,23 +1229,32 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def paint_mask(image, mask):
-    """The image with a mask (H, W) in half-transparent blue."""
-    pixels = np.asarray(image, dtype=np.float64)
-    painted = np.where(mask[..., None], pixels * 0.5 + np.array([40, 110, 255]) * 0.5, pixels)
+def outline(mask, width):
+    """The pixels of a mask (H, W) that are at most `width` from its edge."""
+    moved = [np.roll(mask, step, axis) for axis in (0, 1) for step in (-width, width)]
+    return mask & ~np.logical_and.reduce(moved)
+
+
+def paint_mask(image, mask, width):
+    """The image with a mask (H, W) tinted in cyan, which no object has, and outlined."""
+    pixels, cyan = np.asarray(image, dtype=np.float64), np.array([0, 255, 255])
+    painted = np.where(mask[..., None], 0.75 * pixels + 0.25 * cyan, pixels)
+    painted[outline(mask, width)] = cyan
     return Image.fromarray(painted.astype(np.uint8))
 
 
 def contact_sheet(samples, columns=6, rows=4, tile=224):
-    """Samples spread evenly over the set: mask in blue, its box in white, the phrase below."""
+    """Samples spread evenly over the set: mask in cyan, its box in white, the phrase below."""
+    size = (tile - 4, tile - 4)
     sheet = Image.new("RGB", (columns * tile, rows * (tile + 16)), "white")
     draw = ImageDraw.Draw(sheet)
     picks = np.linspace(0, len(samples) - 1, min(len(samples), columns * rows)).astype(int)
     for place, sample in enumerate(samples[i] for i in picks):
         image, mask = sample.image(), sample.mask
         x, y = place % columns * tile, place // columns * (tile + 16)
-        sheet.paste(paint_mask(image, mask).resize((tile - 4, tile - 4)), (x, y))
-        corner = rescale(mask_to_box(mask), image.size, (tile - 4, tile - 4)) + [x, y, x, y]
+        enlarged = np.asarray(Image.fromarray(mask).resize(size, Image.NEAREST))
+        sheet.paste(paint_mask(image.resize(size), enlarged, 1), (x, y))
+        corner = rescale(mask_to_box(mask), image.size, size) + [x, y, x, y]
         draw.rectangle(corner.tolist(), outline="white")
         draw.text((x + 2, y + tile - 4), sample.phrases[0][:36], fill="black")
     return sheet
@@ -1279,7 +1291,8 @@ def main(args):
     contact_sheet(valid).save(folder / "contact_sheet.png")
     print(f"written: {folder / 'contact_sheet.png'}")
     if problems:
-        raise InputError(f"{len(problems)} bad records, see above: --skip_bad leaves them out")
+        remedy = "sft.py, grpo.py and eval.py leave them out with --skip_bad"
+        raise InputError(f"{len(problems)} bad records, see above: {remedy}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 For every phrase of the split:
 1. **Stage I.** The model answers with a box (`--oracle box` takes the true one).
 2. **Stage II.** It judges a grid of points inside that box. Labels that it doubts (p < theta) are
-   dropped (`--oracle points` takes true box and labels and needs no model: SAM's upper bound).
+   dropped (`--oracle points` takes true box and labels: what SAM makes of them, without a model).
 3. **Stage III.** SAM turns box and points into a mask, at the truth's native size.
 4. One line goes to predictions.jsonl. A run that was cut off continues from there.
 
@@ -183,7 +183,8 @@ def predict_boxes(model, processor, prefix, phrases, args):
     predictions = []
     for (text, _), image, frame in zip(answers, images, frames):
         answer = data.read_answer(text, task).to_pixels(frame, image.size)
-        predictions.append(Prediction(text, **answer._asdict()))
+        flags = answer.is_readable, answer.is_repaired
+        predictions.append(Prediction(text, answer.boxes, answer.points, *flags))
     return predictions
 
 
@@ -241,7 +242,7 @@ def segment(segmenter, image, key, prediction, args):
     return segmenter.segment_all([prompts])[0]
 
 
-def true_instances(truth, prompts):
+def target_instances(truth, prompts):
     """[(box (4,), its points)] of a mask (H, W): one box, or with --prompts sam all instances."""
     if prompts == "sam":
         return data.true_instances(truth)
@@ -255,7 +256,7 @@ def predict(model, processor, images, phrases, truths, args):
     if args.oracle:
         predictions = []
         for truth in truths:
-            found = true_instances(truth, args.prompts)
+            found = target_instances(truth, args.prompts)
             boxes = np.reshape([box for box, _ in found], (-1, 4))
             predictions.append(Prediction(None, boxes, [points for _, points in found]))
     else:
@@ -265,12 +266,12 @@ def predict(model, processor, images, phrases, truths, args):
         place_points(prediction, image.size, phrase, args)
     if args.prompts == "points" and args.oracle != "points":
         predict_labels(model, processor, prefix, phrases, predictions, args)
-        return predictions
-    for prediction, truth in zip(predictions, truths):  # the points of --prompts sam are all 1
-        points = prediction.all_points
-        prediction.labels, prediction.confidence = [1] * len(points), [1.0] * len(points)
-        if args.prompts == "points":
-            prediction.labels = sampler.label_points(points, truth).tolist()
+    else:  # nobody has to be asked
+        for prediction, truth in zip(predictions, truths):
+            points = prediction.all_points
+            is_true = args.prompts == "points"  # else the model has placed them on the target
+            labels = sampler.label_points(points, truth) if is_true else np.ones(len(points), int)
+            prediction.labels, prediction.confidence = labels.tolist(), [1.0] * len(points)
     return predictions
 
 
@@ -280,7 +281,7 @@ def predict(model, processor, images, phrases, truths, args):
 def box_score(boxes, mask, prompts):
     """IoU of predicted boxes (N, 4) with the true ones under the best matching, divided by the
     larger number: extra and missing boxes cost. Where there is nothing to find, 1 for no box."""
-    true = [box for box, _ in data.merge_duplicates(true_instances(mask, prompts))]
+    true = [box for box, _ in data.merge_duplicates(target_instances(mask, prompts))]
     return data.matched_iou(boxes, true) if true else float(not len(boxes))
 
 
@@ -423,7 +424,8 @@ def validate(model, processor, samples, prompts="points", batch_size=64, limit=2
     args, (rank, world) = get_args(["--prompts", prompts]), sampler.rank_and_world()
     picks = np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)
     own, scores = [samples[i] for i in picks[rank::world]], {}
-    for args.use_think in [True] if prompts == "sam" else [False, True]:
+    for think in [True] if prompts == "sam" else [False, True]:
+        args.use_think = think
         totals = torch.zeros(3, dtype=torch.float64, device=model.device)  # IoU, accuracy, number
         for start in range(0, len(own), batch_size):
             batch = own[start : start + batch_size]
@@ -435,8 +437,7 @@ def validate(model, processor, samples, prompts="points", batch_size=64, limit=2
         if world > 1:
             dist.all_reduce(totals)
         box_iou, point_acc = (totals[:2] / totals[2]).tolist()
-        name = "think" if args.use_think else "no think"
-        scores[name] = {"box_iou": box_iou, "point_acc": point_acc}
+        scores["think" if think else "no think"] = {"box_iou": box_iou, "point_acc": point_acc}
     return scores
 
 
@@ -556,16 +557,14 @@ def evaluate_set(args, folder, samples, n_skipped, model, processor, segmenter):
 
 
 def draw_overlay(image, row, caption, theta, mask, truth=None, side=512):
-    """The image, and beside it the answer: mask in blue, truth outlined in yellow, box in white,
+    """The image, and beside it the answer: mask in cyan, truth outlined in yellow, box in white,
     points green for 1 and red for 0, small where the model's doubt dropped them."""
     zoom = max(1, round(side / max(image.size)))
     size = (image.width * zoom, image.height * zoom)
     enlarge = lambda m: np.asarray(Image.fromarray(m).resize(size, Image.NEAREST))
-    pixels = np.array(data.paint_mask(image.resize(size), enlarge(mask)))
+    pixels = np.array(data.paint_mask(image.resize(size), enlarge(mask), 2))
     if truth is not None:
-        truth = enlarge(truth)
-        shifted = [np.roll(truth, step, axis) for axis in (0, 1) for step in (-2, 2)]
-        pixels[truth & ~np.logical_and.reduce(shifted)] = (255, 220, 0)
+        pixels[data.outline(enlarge(truth), 2)] = (255, 220, 0)
     picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture)
     for box in row["box_px"]:
@@ -656,7 +655,7 @@ def segment_one(args, model, processor, segmenter, folder):
     for point, label, confidence in zip(row["points_px"], row["labels"], row["confidence"]):
         dropped = "" if confidence >= args.theta else ", dropped"
         print(f"  point {point}: {label} (p = {confidence:.2f}{dropped})")
-    print(f"SAM's own score {sam_score:.2f}, mask of {mask.sum()} pixels")
+    print(f"mask of {mask.sum()} pixels, whose IoU SAM itself puts at {sam_score:.2f}")
     print(f"written: {name}_mask.png and {name}_overlay.png")
 
 

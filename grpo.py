@@ -11,7 +11,7 @@ than its siblings. One update:
    (`--reward mask`) IoU of the mask that the frozen SAM makes of the answer. Keeping the format is
    worth 1, and so is valid JSON with `--prompts sam`.
 4. **Advantage**: how much better a completion is than its group, adv = (r - mean) / (std + 1e-4). A
-   group whose rewards are all alike has no signal and is dropped.
+   group whose rewards are all alike has no signal and is dropped, which saves the time to score it.
 5. **Reference**: a server (ref_server.py) computes log p_ref of the same tokens meanwhile.
 6. **Loss** per token, with d = ref_logp - logp and ratio = exp(logp - old_logp):
 
@@ -245,7 +245,8 @@ def token_weights(mask, loss, completions, tokens, longest):
 
 
 def policy_loss(logp, old_logp, ref_logp, adv, weight, args):
-    """The loss of a batch, and for the log its parts, each (R, C): policy loss, KL, clipped.
+    """The loss of a batch, and for the log its parts, each (R, C): policy loss of a token, KL,
+    whether it is clipped.
 
     logp, old_logp, ref_logp, weight: (R, C); adv: (R, 1). Only logp carries a gradient.
     """
@@ -362,6 +363,16 @@ def drop_groups(rollout, rewards, adv, args, averages):
     )
 
 
+def score(model, r, args, averages, threads):
+    """log p of a Rollout's completions under the policy as it is now, (R, C), with gradients."""
+    usual = torch.get_num_threads()
+    with averages.clock("seconds_scoring"):
+        torch.set_num_threads(threads)
+        logp = sampler.completion_logps(model, r.prompt, r.completions, r.mask, args.temperature)
+        torch.set_num_threads(usual)
+    return logp
+
+
 def start_reference(args, run):
     """(reference server of this machine or None, threads for scoring). A policy and a reference
     that share a CPU get half of its cores each."""
@@ -460,6 +471,7 @@ def main(args):
     bar = tqdm(todo, "GRPO", initial=run.done, total=steps, disable=run.rank > 0)
     for step in bar:
         averages, start, norm = Averages(), time.time(), 0.0
+        # a linear rise, then a linear fall to 0
         lr = args.lr * min(step / rise, 1 - (step - rise) / (steps - rise + 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -486,36 +498,36 @@ def main(args):
         # all processes agree on these numbers, and so on whether there is an update
         completions = sum(r.mask.any(1).sum().item() for r in rollouts)
         tokens = sum(r.mask.sum().item() for r in rollouts)
-        counts = (*run.sum([completions, tokens]), args.max_new_tokens)
-        for inner in range(args.mu if counts[0] else 0):
+        completions, tokens = run.sum([completions, tokens])
+        for inner in range(args.mu if completions else 0):
             losses = 0.0
             for r in rollouts:
-                with averages.clock("seconds_scoring"):
-                    torch.set_num_threads(scoring_threads if inner == 0 else threads)
-                    tensors = (r.prompt, r.completions, r.mask, args.temperature)
-                    logp = sampler.completion_logps(model, *tensors)  # (R, C)
-                    torch.set_num_threads(threads)
-                with averages.clock("seconds_reference"):
-                    if inner == 0:  # the weights have not changed since sampling
-                        r.old_logp = r.ref_logp = logp.detach()
-                    if inner == 0 and reference:
+                logp = score(model, r, args, averages, scoring_threads if inner == 0 else threads)
+                if inner == 0:  # the weights have not changed since sampling
+                    r.old_logp = r.ref_logp = logp.detach()
+                    gap = (r.old_logp - r.rollout_logp).abs() * r.mask
+                    averages.add("rollout_gap", gap.sum(), r.mask.sum())
+                if inner == 0 and reference:
+                    with averages.clock("seconds_reference"):
                         r.ref_logp = r.reference_job.result().to(logp.device)
                 with averages.clock("seconds_update"):
                     # 6. Loss
-                    weight = token_weights(r.mask, args.loss, *counts)  # (R, C)
-                    old = r.old_logp, r.ref_logp
-                    loss, gain, kl, clipped = policy_loss(logp, *old, r.adv, weight, args)
+                    longest = args.max_new_tokens
+                    weight = token_weights(
+                        r.mask, args.loss, completions, tokens, longest
+                    )  # (R, C)
+                    loss, token_loss, kl, clipped = policy_loss(
+                        logp, r.old_logp, r.ref_logp, r.adv, weight, args
+                    )
                     loss.backward()
                     losses += loss.item()
-                averages.add("policy_loss", (weight * gain).sum().item() / args.mu)
+                averages.add("policy_loss", (weight * token_loss).sum().item() / args.mu)
                 averages.add("kl", (r.mask * kl).sum(), r.mask.sum())
                 averages.add("clipped", (r.mask * clipped).sum(), r.mask.sum())
-                if inner == 0:
-                    gap = (logp.detach() - r.rollout_logp).abs() * r.mask
-                    averages.add("rollout_gap", gap.sum(), r.mask.sum())
             with averages.clock("seconds_update"):
                 # 7. Update
-                norm = run.update(optimizer, trained, *run.sum([losses]))
+                (loss,) = run.sum([losses])
+                norm = run.update(optimizer, trained, loss)
 
         # Log and save.
         (stopping,) = run.sum([run.signal])

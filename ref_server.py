@@ -2,7 +2,7 @@
 
 GRPO keeps the policy close to where it started by a penalty on log p_ref - log p. The reference
 never changes, so it can live outside the training process, on another GPU or another machine, and
-serve many processes.
+serve many processes. (LoRA's frozen base is no reference: the vision merger trains as a whole.)
 
     POST /logps    safetensors in: input_ids, attention_mask (B, P) and the image of each of B
                    prompts, as the processor gives it; completions, mask (B*G, C); temperature ().
@@ -156,7 +156,8 @@ class Reference:
                 remedy = f": {self.remedy}" if status == 412 else ""
                 raise InputError(f"the reference at {url} refused {path} ({status}, {why}){remedy}")
             if time.time() - start >= self.patience:
-                waited, self.patience = self.patience, 0  # requests in the queue fail at once
+                waited = self.patience
+                self.patience = 0  # training ends now: requests in the queue fail at once
                 remedy = "is `python ref_server.py` running there? --ref_patience waits longer"
                 raise InputError(f"no reference at {url} in {waited:.0f} s ({why}): {remedy}")
             if not is_waiting:
@@ -170,8 +171,8 @@ class Reference:
 
 def start_child(model_path, device, dtype, threads):
     """Start a server on a free port, with so many threads on a CPU. It ends when this process does:
-    its standard input is a pipe that only this process holds open. In a session of its own it does
-    not get the terminal's Ctrl-C."""
+    its standard input is a pipe that only this process holds open (see exit_with_parent). In a
+    session of its own it does not get the terminal's Ctrl-C."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", "--port", "0"]
     command += ["--model_path", str(model_path), "--device", device, "--dtype", dtype]
     # idle threads must not spin on cores that the training uses

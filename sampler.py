@@ -4,7 +4,7 @@
    we lay a grid of points over the box, and the model judges each point (1 = on the target, 0 =
    off). The number of cells per side grows with the box:
 
-       K = clip(floor(alpha * side / image_side), K_min, K_max),  alpha = 16, K_max = 6
+       K = clip(floor(alpha * side / image_side), K_min, K_max),  alpha = 16, K_min = 3, K_max = 6
 
    A label that the model itself doubts (p < 0.9) is dropped.
 2. **Policy.** A multimodal language model that transformers loads: Qwen-VL, Qwen3.5, InternVL or
@@ -19,8 +19,10 @@
    part and runs once per image. SAM-HQ, SAM 2 and SAM 3 serve as well.
 
 Departures from the paper (ReSaP): K_min is 3, where the paper has 1, because one point in the
-middle of a small box tells SAM nothing new. SAM returns its single-mask output, where the paper
-takes the best-scored one of three. `eval.py --paper` restores both; the README has the figures.
+middle of a small box tells SAM nothing new (figures in the README). SAM returns its single-mask
+output, where the paper takes the best-scored one of three. `eval.py --paper` restores both.
+
+Errors, processes and the console are at the end of the file: skip them on a first reading.
 """
 
 import argparse
@@ -58,111 +60,6 @@ TINY_VLM, TINY_SAM = ASSETS / "tiny_vlm", ASSETS / "tiny_sam" / "model.safetenso
 HUB_NAME = re.compile(r"(?!runs/)\w[\w.-]*/[\w.-]+")  # owner/name
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
 LOGITS_IN_MEMORY = 2**27  # float32 numbers, see token_logps
-
-
-class InputError(ValueError):
-    """Bad input. The message is one line: what was found, what was expected and what mends it."""
-
-
-# What a damaged file or record can make a parser raise.
-PARSING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
-PARSING_ERRORS += (ArithmeticError, AssertionError, EOFError, MemoryError, SyntaxError)
-PARSING_ERRORS += (ImportError, StopIteration, UnpicklingError, SafetensorError, struct.error)
-
-
-def one_line(error):
-    """What an error says, on one line of at most 300 characters."""
-    text = "".join(c if c.isprintable() else " " for c in str(error)).split()
-    return " ".join(text)[:300] or type(error).__name__
-
-
-@contextmanager
-def error_border(found, remedy):
-    """Turn what bad input raises into an InputError, `found (error): remedy`."""
-    try:
-        yield
-    except (InputError, torch.OutOfMemoryError):
-        raise
-    except PARSING_ERRORS as error:
-        raise InputError(f"{found} ({one_line(error)}): {remedy}") from None
-
-
-def join_processes(device, backend=None):
-    """Join the processes that torchrun started: this one's (rank, world size, local rank, device).
-    backend: of their communication, by default nccl on CUDA and gloo elsewhere."""
-    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    remedy = "start it with torchrun, or unset WORLD_SIZE and RANK for a single process"
-    with error_border(f"the processes cannot join ({found})", remedy):
-        rank, world, local_rank = (int(value or 0) for value in found.values())
-        if world > 1:
-            dist.init_process_group(backend or ("nccl" if device == "cuda" else "gloo"))
-    device = f"cuda:{local_rank}" if device == "cuda" else device
-    return rank, max(world, 1), local_rank, device
-
-
-def rank_and_world():
-    """This process's number and how many there are: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def number(kind, low, high=math.inf):
-    """A type for argparse: an int or float from `low` to `high`."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:  # nan is not, either
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return value
-
-    return parse
-
-
-class Console:
-    """A stream that never raises. Nobody may be there to read: `| head` has ended, or the terminal
-    is closed. A character that the terminal cannot show is printed as a question mark."""
-
-    def __init__(self, stream):
-        stream.reconfigure(errors="replace")
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:  # from now on, write to nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        return len(text)
-
-
-def run_script(main, get_args):
-    """Run main(get_args()). An error ends it with one line. The traceback of an error that nobody
-    foresaw goes to a file, and the line names the file."""
-    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
-    try:
-        main(get_args())
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGINT)  # at once: a thread may be waiting for a server
-    except Exception as error:
-        # an error in a data worker arrives as its whole traceback, the message last
-        line = str(error).strip().rpartition("\n")[-1].removeprefix("sampler.InputError: ")
-        if isinstance(error, torch.OutOfMemoryError):
-            line = "a lower --batch_size, --gradient_checkpointing or a smaller model needs less"
-            line = f"not enough memory on the GPU ({one_line(error)[:99]}): {line}"
-        elif line.startswith("DataLoader worker"):
-            line += " (if memory is short, fewer --workers help)"
-        elif not isinstance(error, (InputError, OSError)):
-            path = Path(tempfile.gettempdir()) / f"traceback_{os.getpid()}.txt"
-            path.write_text(traceback.format_exc())
-            line = f"{type(error).__name__}: {line} (traceback: {path})"
-        raise SystemExit(f"error: {line}") from None
-    finally:
-        for worker in multiprocessing.active_children():  # data workers ignore SIGTERM
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
-            worker.kill()
 
 
 # ------------------------------------------------------------------------- points
@@ -272,7 +169,8 @@ def disable_center_crop(model, processor):
 
     NOTE: the published processor crops the image to its middle square, and a target outside of it
     would never be seen. The model was trained on images padded to a square. Resizing also keeps
-    every pixel, and makes boxes relative to the image. On square images all three are the same.
+    every pixel, and makes boxes relative to the image. On a square image, cropping, padding and
+    resizing are the same.
     """
     images, side = processor.image_processor, model.config.vision_config.image_size
     images.size = {"height": side, "width": side}
@@ -318,7 +216,8 @@ def end_ids(model, processor):
 def vision_token_ids(model, processor):
     """Ids of the tokens that stand for images and videos. A model must not write them."""
     names = ("image", "video", "vision_start", "vision_end", "start_image", "end_image")
-    places = (model.config, processor, processor.tokenizer)  # InternVL's config has one of four
+    # InternVL's config names one of its four vision tokens, the tokenizer the others
+    places = (model.config, processor, processor.tokenizer)
     ids = {getattr(place, f"{name}_token_id", None) for name in names for place in places}
     return sorted(ids - {None})
 
@@ -343,7 +242,7 @@ def chat_texts(processor, prompts):
 
 
 def encode(processor, images, texts):
-    """Images (B), chat texts (B) -> model inputs, padded on the left, where generation needs it."""
+    """Images (B), chat texts (B) -> model inputs, padded on the left, as generation needs it."""
     padding = {"padding": True, "padding_side": "left"}
     batch = processor(images=images, text=texts, return_tensors="pt", **padding)
     batch.pop("batch_num_images", None)  # LLaVA-OneVision: 1 each, which is its default
@@ -361,6 +260,8 @@ def to_device(inputs, model):
 
 
 # ------------------------------------------------------------------------- prefill and decode
+# B prompts, left-padded to P tokens; G completions of each, right-padded to C. The completions of
+# prompt b are the rows b*G … b*G + G - 1.
 
 
 class PrefixCache(NamedTuple):
@@ -428,7 +329,7 @@ def prefill(model, prompt):
 def select_rows(prefix, rows):
     """Some rows (B,) of a PrefixCache, which may repeat. The old one stays as it is."""
     rows = torch.tensor(rows, device=prefix.next_position.device)
-    cache = copy.copy(prefix.cache)
+    cache = copy.copy(prefix.cache)  # its tensors are not copied here, but by reorder_cache
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     cache.reorder_cache(rows)
     return PrefixCache(cache, *(tensor[rows] for tensor in prefix[1:]))
@@ -451,14 +352,15 @@ def extend(model, prefix, rows, text):
     return PrefixCache(prefix.cache, mask, start + counts[:, -1], last_hidden)
 
 
-def sample_token(logits, temperature, never):
+def sample_token(logits, temperature, banned):
     """A token (N, 1) from logits (N, V), and its log-probability (N, 1) at the temperature. Ids in
-    `never` are not sampled, but stay in the softmax of the log-probability."""
+    `banned` are not sampled, but stay in the softmax, as they do in completion_logps."""
     logits = logits.float() / (temperature or 1)
     logp = logits.log_softmax(-1)
-    logits[:, never] = -math.inf
+    logits[:, banned] = -math.inf
     if temperature:
-        # argmax(logits + Gumbel noise) is a draw from softmax(logits), in fewer passes
+        # argmax(logits + Gumbel noise) is a draw from softmax(logits), in fewer passes; minus the
+        # log of an exponential is Gumbel noise
         logits -= torch.empty_like(logits).exponential_().log_()
     token = logits.argmax(1, keepdim=True)
     return token, logp.gather(1, token)
@@ -487,7 +389,7 @@ def decode(model, processor, prefix, group, max_new_tokens, temperature):
     cache, prompt_mask, next_position, hidden = prefix
     batch, device, pad = len(prompt_mask), prompt_mask.device, processor.tokenizer.pad_token_id
     ends = torch.tensor(end_ids(model, processor), device=device)
-    never = torch.tensor(vision_token_ids(model, processor), dtype=torch.long, device=device)
+    banned = torch.tensor(vision_token_ids(model, processor), dtype=torch.long, device=device)
     with merged_inference(model):
         hidden = hidden.repeat_interleave(group, 0)  # (B*G, D)
         rows = torch.arange(batch * group, device=device).view(batch, group)  # rows of ids
@@ -496,7 +398,7 @@ def decode(model, processor, prefix, group, max_new_tokens, temperature):
         unfinished = torch.ones_like(rows, dtype=torch.bool)  # (B, G)
         visible = prompt_mask[:, None].repeat(1, group, 1)  # (B, G, P)
         for step in range(max_new_tokens):
-            sampled = sample_token(model.lm_head(hidden), temperature, never)
+            sampled = sample_token(model.lm_head(hidden), temperature, banned)
             token, token_logp = (x.view(rows.shape) for x in sampled)  # (B, G)
             ids[rows, step] = token.masked_fill(~unfinished, pad)
             mask[rows, step] = unfinished
@@ -541,14 +443,12 @@ def generate(model, processor, prefix, max_new_tokens, temperature=0.0):
 
 
 # ------------------------------------------------------------------------- groups
-# B prompts, left-padded to P; G completions of each, right-padded to C. Rows b*G … b*G + G - 1 are
-# the completions of prompt b.
 
 
 def select_prompts(prompt, rows):
-    """The inputs of some of B prompts. The pixels of all images lie in one tensor: patches, as many
-    as a grid says (Qwen-VL), tiles, as many as tokens say (InternVL), or a row per image (LLaVA).
-    """
+    """The inputs of some of B prompts: grpo.py leaves out those without signal. The pixels of all
+    images lie in one tensor. Its rows are patches (Qwen-VL; image_grid_thw tells how many belong to
+    an image), tiles (InternVL; in proportion to the image's tokens), or whole images (LLaVA)."""
     selected = {key: value[rows] for key, value in prompt.items() if key != "pixel_values"}
     if "pixel_values" not in prompt:
         return selected
@@ -575,14 +475,15 @@ def sample_group(model, processor, prompt, group, max_new_tokens, temperature=1.
     with merged_inference(model):  # once for both, as merging takes time
         prefix = prefill(model, prompt)
         sampled = decode(model, processor, prefix, group, max_new_tokens, temperature)
-    return tuple(tensor.clone() for tensor in sampled)  # a loss cannot use inference tensors
+    # a loss cannot use tensors made in inference mode; a copy made outside of it is an ordinary one
+    return tuple(tensor.clone() for tensor in sampled)
 
 
 def token_logps(head, hidden, tokens, temperature=1.0):
     """log p of tokens (N,) after hidden states (N, D), by the output layer `head`: float32 (N,).
 
-    Logits over 150,000 words take 0.6 MB a token, and gradients keep them. So they are computed in
-    slices, and again in the backward pass: one slice is in memory at a time.
+    With a vocabulary of 150,000 the logits of a token take 0.6 MB, and autograd keeps them. So they
+    are computed in slices, and again in the backward pass: one slice is in memory at a time.
     """
 
     def slice_logps(hidden, tokens):
@@ -597,8 +498,12 @@ def token_logps(head, hidden, tokens, temperature=1.0):
 
 
 def grouped_query_attention(module, query, key, value, bias, scaling, dropout=0.0):
-    """softmax(query key' * scaling + bias) value, (B, L, heads, head_dim), for a bias (B, 1, L, S).
-    Query heads that share a key head become further queries of it: keys are not repeated."""
+    """softmax(query key' * scaling + bias) value: (B, L, heads, head_dim).
+
+    query: (B, heads, L, head_dim); key, value: (B, key heads, S, head_dim); bias: (B, 1, L, S).
+    Query heads that share a key head are folded into its sequence of queries, so that keys are not
+    repeated.
+    """
     share = getattr(module, "num_key_value_groups", 1)
     folded = query.unflatten(1, (-1, share)).flatten(2, 3)  # (B, key heads, share * L, head_dim)
     bias = bias.repeat(1, 1, share, 1)
@@ -630,21 +535,25 @@ def shared_prefix_attention(module, query, key, value, attention_mask, shared=No
     if shared is None:
         return attend(query, key, value, attention_mask), None
     group, start = shared
-    in_prompt = lambda x: x[:, :, :start]  # (B, heads, P, head_dim)
-    in_completions = lambda x: x[:, :, start:].unflatten(2, (group, -1)).transpose(1, 2)
-    own = lambda x: in_completions(x).flatten(0, 1)  # (B*G, heads, C, head_dim)
-    both = lambda x: torch.cat([in_prompt(x).repeat_interleave(group, 0), own(x)], 2)
-    bias = in_prompt(attention_mask)[..., :start]  # (B, 1, P, P)
-    first = attend(in_prompt(query), in_prompt(key), in_prompt(value), bias)
+    prompt = lambda x: x[:, :, :start]  # (B, heads, P, head_dim)
+    completions = (
+        lambda x: (  # (B*G, heads, C, head_dim)
+            x[:, :, start:].unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)
+        )
+    )
+    both = lambda x: torch.cat([prompt(x).repeat_interleave(group, 0), completions(x)], 2)
+    prompt_bias = prompt(attention_mask)[..., :start]  # (B, 1, P, P)
     bias = attention_mask[:, :, start:].repeat_interleave(group, 0)  # (B*G, 1, C, P + C)
-    rest = attend(own(query), both(key), both(value), bias)
-    rest = rest.unflatten(0, (-1, group)).flatten(1, 2)  # (B, G*C, heads, head_dim)
-    return torch.cat([first, rest], 1), None
+    of_prompt = attend(prompt(query), prompt(key), prompt(value), prompt_bias)
+    of_completions = attend(completions(query), both(key), both(value), bias)
+    of_completions = of_completions.unflatten(0, (-1, group)).flatten(1, 2)
+    return torch.cat([of_prompt, of_completions], 1), None  # (B, T, heads, head_dim)
 
 
 def use_shared_prefix_attention(model):
     """Switch the language model's layers to shared_prefix_attention. It stays on, because gradient
-    checkpointing runs the layers again after completion_logps has returned."""
+    checkpointing runs the layers again after completion_logps has returned. Without `shared` or a
+    bias, it is transformers' own attention."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -674,8 +583,8 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
     positions, next_position = prompt_positions(model, prompt)
     ids, attention = prompt.pop("input_ids"), prompt.pop("attention_mask")  # (B, P)
     (batch, start), packed = ids.shape, group * length
-    own = (next_position[:, None] + torch.arange(length, device=ids.device)).repeat(1, group)
-    positions = torch.cat([positions, text_positions(model, own)], -1)  # (…, B, T)
+    after = (next_position[:, None] + torch.arange(length, device=ids.device)).repeat(1, group)
+    positions = torch.cat([positions, text_positions(model, after)], -1)  # (…, B, T)
 
     # a token of [prompt, c] sees itself and what stands before it, less padding
     attention = {"attention_mask": F.pad(attention, (0, length), value=1)}  # (B, P + C)
@@ -810,8 +719,9 @@ def make_trainable(model, args, dropout):
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained if dist.is_initialized() else ():  # LoRA's A is random: take rank 0's
-        dist.broadcast(parameter.data, 0)
+    if dist.is_initialized():
+        for parameter in trained:  # LoRA's A is random: take rank 0's
+            dist.broadcast(parameter.data, 0)
     return trained
 
 
@@ -1082,3 +992,112 @@ class Segmenter:
                 scores.append(score)
             unions.append((mask, float(np.mean(scores)) if scores else 0.0))
         return unions
+
+
+# ------------------------------------------------------------------------- errors and processes
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line: what was found, what was expected and what mends it."""
+
+
+# What a damaged file or record can make a parser raise. Not Exception: a NameError is our mistake.
+PARSING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+PARSING_ERRORS += (ArithmeticError, AssertionError, EOFError, MemoryError, SyntaxError)
+PARSING_ERRORS += (ImportError, StopIteration, UnpicklingError, SafetensorError, struct.error)
+
+
+def one_line(error):
+    """What an error says, on one line of at most 300 characters."""
+    text = "".join(c if c.isprintable() else " " for c in str(error)).split()
+    return " ".join(text)[:300] or type(error).__name__
+
+
+@contextmanager
+def error_border(found, remedy):
+    """The border to a kind of thing from outside: what it raises becomes an InputError, `found
+    (error): remedy`. Inside a border there are no checks of what raises anyway."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except PARSING_ERRORS as error:
+        raise InputError(f"{found} ({one_line(error)}): {remedy}") from None
+
+
+def join_processes(device, backend=None):
+    """Join the processes that torchrun started: this one's (rank, world size, local rank, device).
+    backend: of their communication, by default nccl on CUDA and gloo elsewhere."""
+    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    remedy = "start it with torchrun, or unset WORLD_SIZE and RANK for a single process"
+    with error_border(f"the processes cannot join ({found})", remedy):
+        rank, world, local_rank = (int(value or 0) for value in found.values())
+        if world > 1:
+            dist.init_process_group(backend or ("nccl" if device == "cuda" else "gloo"))
+    device = f"cuda:{local_rank}" if device == "cuda" else device
+    return rank, max(world, 1), local_rank, device
+
+
+def rank_and_world():
+    """This process's number and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or float from `low` to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:  # nan is not, either
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+class Console:
+    """A stream that never raises. Nobody may be there to read: `| head` has ended, or the terminal
+    is closed. A character that the terminal cannot show is printed as a question mark."""
+
+    def __init__(self, stream):
+        stream.reconfigure(errors="replace")
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # from now on, write to nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+
+def run_script(main, get_args):
+    """Run main(get_args()). An error ends it with one line. The traceback of an error that nobody
+    foresaw goes to a file, and the line names the file."""
+    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
+    try:
+        main(get_args())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)  # at once: a thread may be waiting for a server
+    except Exception as error:
+        # an error in a data worker arrives as its whole traceback, the message last
+        line = str(error).strip().rpartition("\n")[-1].removeprefix("sampler.InputError: ")
+        if isinstance(error, torch.OutOfMemoryError):
+            line = "a lower --batch_size, --gradient_checkpointing or a smaller model needs less"
+            line = f"not enough memory on the GPU ({one_line(error)[:99]}): {line}"
+        elif line.startswith("DataLoader worker"):
+            line += " (if memory is short, fewer --workers help)"
+        elif not isinstance(error, (InputError, OSError)):
+            path = Path(tempfile.gettempdir()) / f"traceback_{os.getpid()}.txt"
+            path.write_text(traceback.format_exc())
+            line = f"{type(error).__name__}: {line} (traceback: {path})"
+        raise SystemExit(f"error: {line}") from None
+    finally:
+        for worker in multiprocessing.active_children():  # data workers ignore SIGTERM
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+            worker.kill()

@@ -17,7 +17,8 @@
    PEFT's layout, and train.jsonl, one line per update: `loss` per answer token; `grad_norm` before
    clipping; `skipped`, updates so far that were left out because a number was not finite.
 5. `--resume` continues a run that was cut off as if nothing had happened, on a CPU bit for bit.
-   Ctrl-C and SIGTERM finish the update, save and exit. `Run` does this, for GRPO too.
+   Ctrl-C and SIGTERM finish the update, save and exit. The class `Run` does this, for GRPO too. On
+   a first reading, skip it, and go from `answer_loss` to `main`.
 
     python sft.py                                   # the demo: minutes on two CPU cores
     python sft.py --resume                          # continue a run that was cut off
@@ -35,7 +36,6 @@ import signal
 import time
 import zipfile
 import zlib
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -71,7 +71,12 @@ def get_args(argv=None):
     add("--point_ratio", type=number(float, 0, 1), help="share of batches on the point task")
     add("--think_ratio", type=number(float, 0, 1), default=0.0, help="share of reasoned answers")
     add("--lora_dropout", type=number(float, 0, 1), help="dropout on LoRA's input")
-    add("--epochs", type=number(float, 1e-9), default=2, help="passes, where --max_step is 0")
+    add(
+        "--epochs",
+        type=number(float, 1e-9),
+        default=2,
+        help="passes over the split, if --max_step is 0",
+    )
     add("--workers", type=number(int, 0), default=0, help="processes that load data")
     add("--val_limit", type=number(int, 0), default=200, help="validation samples; 0: none")
     return fill_defaults(parser.parse_args(argv), DEFAULTS)
@@ -157,8 +162,8 @@ def fill_defaults(args, defaults):
 # <run>/checkpoints/<update>/rank<r>of<n>.pt holds what process r needs to continue as if it had
 # never stopped. Process 0 also holds what all have in common.
 
-# All other settings must be those of the run. Of --model_path, --data_root and --sam_ckpt the
-# content is compared, not the path.
+# When a run is resumed, all settings but these must be as they were. Of --model_path, --data_root
+# and --sam_ckpt the content is compared, not the path.
 MAY_DIFFER_ON_RESUME = """model_path data_root sam_ckpt log_dir version_name resume keep save_step
 max_skips merge workers skip_bad device gradient_checkpointing val_batch_size ref_url ref_device
 ref_patience""".split()
@@ -184,8 +189,8 @@ class Run:
             torch.cuda.set_device(self.device)
         # full fine-tuning needs float32 weights: updates of 1e-5 vanish in bfloat16
         self.dtype = torch.bfloat16 if self.is_cuda and args.lora_rank else torch.float32
-        self.done, self.skipped, self.in_a_row = 0, 0, 0
-        self.signal = 0  # the number of the one that came
+        self.done, self.skipped, self.skipped_in_a_row = 0, 0, 0  # updates
+        self.signal = 0  # the number of the signal that came, if any
         if self.rank == 0:
             self.lock()
 
@@ -231,11 +236,9 @@ class Run:
         return values.tolist()
 
     def update(self, optimizer, parameters, loss, divide_by=1):
-        """Take one optimizer step with the gradients of all processes; return their norm.
-
-        loss: summed over all processes. NOTE: a step whose loss or gradient is nan or infinite is
-        skipped and counted, as it would spoil all weights.
-        """
+        """Take one optimizer step with the sum of the gradients of all processes, divided by
+        `divide_by`; return its norm. NOTE: a step whose gradient, or loss (of all processes), is
+        nan or infinite is skipped and counted, as it would spoil all weights."""
         sum_gradients(parameters, self.world)
         for parameter in parameters:
             if parameter.grad is not None:
@@ -243,9 +246,9 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.clip).item()
         if math.isfinite(loss + norm):
             optimizer.step()
-            self.in_a_row = 0
+            self.skipped_in_a_row = 0
         else:
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         optimizer.zero_grad()
         return norm
 
@@ -262,16 +265,16 @@ class Run:
         self.settings = settings
         saved = self.read_newest_checkpoint() if self.args.resume else None
         if saved:
-            before = saved["settings"]
+            old = saved["settings"]
             changed = [
-                f"{key} was {before.get(key)} and is {value}"
+                f"{key} was {old.get(key)} and is {value}"
                 for key, value in settings.items()
-                if before.get(key) != value
+                if old.get(key) != value
             ]
             if changed:
                 remedy = "repeat the settings of the run (args.json), or give a --version_name"
                 raise InputError(f"--resume: {', '.join(changed)}: {remedy}")
-            self.done, (self.skipped, self.in_a_row) = saved["step"], saved["skipped"]
+            self.done, (self.skipped, self.skipped_in_a_row) = saved["step"], saved["skipped"]
             self.print0(f"continuing after update {self.done}")
         elif self.args.resume:
             self.print0(f"no whole checkpoint in {self.folder}: the run starts from the beginning")
@@ -285,8 +288,8 @@ class Run:
 
     def read_newest_checkpoint(self):
         """The dict of process 0 with this process's own entries in it; None if none is whole."""
-        step = 0
-        for path in reversed(self.checkpoints()) if self.rank == 0 else ():
+        step, paths = 0, self.checkpoints() if self.rank == 0 else []
+        for path in reversed(paths):
             problem = checkpoint_error(path)
             if problem is None:
                 step = int(path.name)
@@ -301,7 +304,7 @@ class Run:
             for rank in (0, self.rank):  # NOTE: weights_only, so that a file cannot run code
                 file = path / f"rank{rank}of{self.world}.pt"
                 saved |= torch.load(file, "cpu", weights_only=True, mmap=True)
-            return {**saved, "settings": dict(saved["settings"])}
+            return {**saved, "settings": dict(saved["settings"])}  # raises for another program's
 
     def open_log(self):
         """train.jsonl, less the lines of updates that come again. An earlier run of the same name
@@ -310,7 +313,7 @@ class Run:
         names = ("checkpoints", "config.json", "adapter")
         is_used = any((folder / name).exists() for name in names)
         if not self.done and (is_used or (path.exists() and not self.args.resume)):
-            aside = next(p for i in count(1) if not (p := Path(f"{folder}.{i}")).exists())
+            aside = next(p for i in range(1, 10**6) if not (p := Path(f"{folder}.{i}")).exists())
             os.replace(folder, aside)
             print(f"NOTE: the run that was in {folder} is now in {aside} (--resume continues it)")
         with self.writing(folder):
@@ -334,9 +337,9 @@ class Run:
             with self.writing(self.file.name):
                 self.file.write(json.dumps({k: finite(v) for k, v in line.items()}) + "\n")
                 self.file.flush()
-        if self.in_a_row >= self.args.max_skips:
+        if self.skipped_in_a_row >= self.args.max_skips:
             reason = "as loss or gradient was nan or infinite: start again with a lower --lr"
-            raise InputError(f"{self.in_a_row} updates in a row were skipped, {reason}")
+            raise InputError(f"{self.skipped_in_a_row} updates in a row were skipped, {reason}")
 
     def validate(self, model, processor, val):
         """eval.validate with the settings of this run."""
@@ -358,7 +361,7 @@ class Run:
         if self.rank == 0:
             trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
             own |= {"step": step, "trained": trained, "before": before, "settings": self.settings}
-            own["skipped"] = self.skipped, self.in_a_row
+            own["skipped"] = self.skipped, self.skipped_in_a_row
         new = self.folder / "checkpoints" / "new"
         if self.rank == 0:
             with self.writing(self.folder):
@@ -424,10 +427,11 @@ class Run:
 
 def sum_gradients(parameters, world):
     """Sum gradients over all processes, also over one that had nothing to train on."""
-    for parameter in parameters if world > 1 else ():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+    if world > 1:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
 
 
 def checkpoint_error(checkpoint):

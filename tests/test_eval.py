@@ -187,7 +187,7 @@ def test_one_image_of_the_user(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (300, 170), "tan").save("photo.jpg")
     evaluation.main(evaluation.get_args("--image photo.jpg --query ship --use_think".split()))
     printed = capsys.readouterr().out
-    assert "<think>" in printed and "SAM's own score" in printed
+    assert "<think>" in printed and "whose IoU SAM itself puts at" in printed
     assert Image.open("runs/eval/photo_mask.png").size == (300, 170)
     assert Image.open("runs/eval/photo_overlay.png").width >= 300
 
