@@ -35,22 +35,18 @@ import os
 import re
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import traceback
-from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -497,7 +493,7 @@ def token_logps(head, hidden, tokens, temperature=1.0):
     return torch.cat([checkpoint(slice_logps, *part, use_reentrant=False) for part in slices])
 
 
-def grouped_query_attention(module, query, key, value, bias, scaling, dropout=0.0):
+def grouped_query_attention(module, query, key, value, bias, scaling=None, dropout=0.0, **_):
     """softmax(query key' * scaling + bias) value: (B, L, heads, head_dim).
 
     query: (B, heads, L, head_dim); key, value: (B, key heads, S, head_dim); bias: (B, 1, L, S).
@@ -526,26 +522,22 @@ def shared_prefix_attention(module, query, key, value, attention_mask, shared=No
 
     if attention_mask is None or attention_mask.dtype == torch.bool:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    attend = partial(
-        grouped_query_attention,
-        module,
-        scaling=kwargs.get("scaling"),
-        dropout=kwargs.get("dropout", 0.0),
-    )
+    attend = partial(grouped_query_attention, module, **kwargs)
     if shared is None:
         return attend(query, key, value, attention_mask), None
     group, start = shared
-    prompt = lambda x: x[:, :, :start]  # (B, heads, P, head_dim)
-    completions = (
-        lambda x: (  # (B*G, heads, C, head_dim)
-            x[:, :, start:].unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)
-        )
-    )
-    both = lambda x: torch.cat([prompt(x).repeat_interleave(group, 0), completions(x)], 2)
-    prompt_bias = prompt(attention_mask)[..., :start]  # (B, 1, P, P)
+
+    def split(x):  # prompt (B, heads, P, head_dim), completions (B*G, heads, C, head_dim)
+        completions = x[:, :, start:].unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)
+        return x[:, :, :start], completions
+
+    def with_prompt(prompt, completions):  # (B*G, heads, P + C, head_dim)
+        return torch.cat([prompt.repeat_interleave(group, 0), completions], 2)
+
+    (prompt_query, query), key, value = split(query), split(key), split(value)
+    of_prompt = attend(prompt_query, key[0], value[0], attention_mask[:, :, :start, :start])
     bias = attention_mask[:, :, start:].repeat_interleave(group, 0)  # (B*G, 1, C, P + C)
-    of_prompt = attend(prompt(query), prompt(key), prompt(value), prompt_bias)
-    of_completions = attend(completions(query), both(key), both(value), bias)
+    of_completions = attend(query, with_prompt(*key), with_prompt(*value), bias)
     of_completions = of_completions.unflatten(0, (-1, group)).flatten(1, 2)
     return torch.cat([of_prompt, of_completions], 1), None  # (B, T, heads, head_dim)
 
@@ -653,7 +645,7 @@ def check_sharing(model, processor):
 
     def are_right(found):
         gap = max((a - b).abs().mean() for a, b in zip(found, right))
-        rounding = 1e-4 if model.dtype == torch.float32 else 0.03
+        rounding = 1e-4 if model.dtype == torch.float32 else 0.15  # of the spread of log-probs
         return bool(gap < rounding * right[0].std())
 
     with merged_inference(model):
@@ -774,7 +766,6 @@ def read_adapter_config(folder):
     path = Path(folder) / ADAPTER_CONFIG
     with error_border(f"{path} cannot be read", "expected the config of a LoRA adapter"):
         config = json.loads(path.read_text())
-        config["r"], config["lora_alpha"]
         if not config["base_model_name_or_path"]:
             raise InputError(f"{path} names no base model: set base_model_name_or_path")
         for name, value in config.items():
@@ -809,7 +800,7 @@ def merged_weight(module):
 
 def save_policy(model, processor, folder):
     """Write a plain Hugging Face folder with merged weights. The model itself does not change.
-    Files are renamed when all are written, so a run that dies while saving spoils none."""
+    When all files are written, they are renamed one by one, so none is ever there in part."""
     state = {n.replace(".base_layer", ""): p for n, p in model.state_dict().items()}
     state = {name: value for name, value in state.items() if ".lora_" not in name}
     for name, module in model.named_modules():
@@ -819,6 +810,7 @@ def save_policy(model, processor, folder):
     state = {name: value.to(model.dtype) for name, value in state.items()}
     folder = Path(folder)
     new = folder / ".new"
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while saving
     model.save_pretrained(new, state_dict=state)
     processor.save_pretrained(new)
     for file in (path for path in new.rglob("*") if path.is_file()):
@@ -919,7 +911,7 @@ def weight_files(path):
 class Segmenter:
     """SAM: boxes and points -> masks. Call `set_image` once, then `segment` as often as wanted."""
 
-    def __init__(self, checkpoint=TINY_SAM, device="cpu", multimask=False, cache_size=16):
+    def __init__(self, checkpoint=TINY_SAM, device="cpu", multimask=False):
         from segment_anything import SamPredictor
 
         check_device(device)
@@ -927,20 +919,14 @@ class Segmenter:
             self.predictor = HubPredictor(checkpoint, device)
         else:
             self.predictor = SamPredictor(load_sam(checkpoint).to(device))
-        self.multimask, self.cache, self.cache_size = multimask, OrderedDict(), cache_size
+        self.multimask, self.key = multimask, None
 
     @torch.inference_mode()
     def set_image(self, image, key=None):
-        """Embed a PIL image, or take the embedding from the cache if `key` was seen before."""
-        names = ("features", "original_size", "input_size")
-        if key is None or key not in self.cache:
+        """Embed a PIL image, unless `key` says that it is the one that was embedded last."""
+        if key is None or key != self.key:
             self.predictor.set_image(np.asarray(image.convert("RGB")))
-            self.cache[key] = [getattr(self.predictor, name) for name in names]
-        self.cache.move_to_end(key)
-        while len(self.cache) > self.cache_size:
-            self.cache.popitem(last=False)
-        for name, value in zip(names, self.cache[key]):
-            setattr(self.predictor, name, value)
+            self.key = key
 
     @torch.inference_mode()
     def segment(self, prompts):
@@ -1001,12 +987,6 @@ class InputError(ValueError):
     """Bad input. The message is one line: what was found, what was expected and what mends it."""
 
 
-# What a damaged file or record can make a parser raise. Not Exception: a NameError is our mistake.
-PARSING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
-PARSING_ERRORS += (ArithmeticError, AssertionError, EOFError, MemoryError, SyntaxError)
-PARSING_ERRORS += (ImportError, StopIteration, UnpicklingError, SafetensorError, struct.error)
-
-
 def one_line(error):
     """What an error says, on one line of at most 300 characters."""
     text = "".join(c if c.isprintable() else " " for c in str(error)).split()
@@ -1021,7 +1001,7 @@ def error_border(found, remedy):
         yield
     except (InputError, torch.OutOfMemoryError):
         raise
-    except PARSING_ERRORS as error:
+    except Exception as error:  # whatever a damaged file makes a parser raise
         raise InputError(f"{found} ({one_line(error)}): {remedy}") from None
 
 
@@ -1048,10 +1028,11 @@ def number(kind, low, high=math.inf):
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:  # nan is not, either
+        if not low <= value <= high or value == math.inf:  # nan is not, either
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return value
 
+    parse.__name__ = kind.__name__  # argparse names it: invalid int value
     return parse
 
 
@@ -1060,7 +1041,8 @@ class Console:
     is closed. A character that the terminal cannot show is printed as a question mark."""
 
     def __init__(self, stream):
-        stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="replace")
         self.stream = stream
 
     def __getattr__(self, name):

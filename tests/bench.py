@@ -382,7 +382,7 @@ def evaluate(args):
         batches = [todo[i : i + options.batch_size] for i in starts]
 
         def ours():
-            segmenter.cache.clear()
+            segmenter.key = None  # as if it had no embedding
             parts = (evaluation.evaluate(model, processor, segmenter, b, options) for b in batches)
             return [line for part in parts for line in part]
 

@@ -15,7 +15,9 @@ from PIL import Image
 
 import data
 from assets import make_demo
-from sampler import PARSING_ERRORS, InputError
+from sampler import InputError
+
+PARSING_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def random_mask(rng):

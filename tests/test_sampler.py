@@ -536,19 +536,20 @@ def test_sam_finds_the_objects_together_as_alone(scene, segmenter):
         assert (mask != alone).mean() < 1e-3 and math.isclose(score, alone_score, abs_tol=1e-4)
 
 
-def test_the_embedding_is_computed_once_per_image_and_forgotten_in_turn(scene):
-    segmenter, calls, (image, objects) = sampler.Segmenter(cache_size=2), [], scene
+def test_the_embedding_of_the_last_image_is_kept(scene):
+    segmenter, calls, (image, objects) = sampler.Segmenter(), [], scene
     segmenter.predictor.model.image_encoder.register_forward_hook(lambda *_: calls.append(1))
     blank, masks = Image.new("RGB", (128, 128)), []
     for picture, key, count in (
-        *((image, "a", 1), (blank, "b", 2), (image, "a", 2), (image, "c", 3)),
-        *((blank, "b", 4), (blank, None, 5), (image, None, 6)),  # None: never from the cache
+        *((image, "a", 1), (blank, "b", 2), (blank, "b", 2), (image, "a", 3), (image, "a", 3)),
+        *((blank, None, 4), (image, None, 5)),  # None: always computed
     ):
         segmenter.set_image(picture, key)
         assert len(calls) == count
         masks.append(segmenter.segment(prompts_of(objects))[0][0])
-    assert all((mask == masks[0]).all() for mask in (masks[2], masks[3], masks[6]))
-    assert (masks[1] != masks[0]).any() and (masks[5] == masks[1]).all()
+    assert all((mask == masks[0]).all() for mask in (masks[3], masks[4], masks[6]))
+    assert (masks[1] != masks[0]).any()
+    assert (masks[2] == masks[1]).all() and (masks[5] == masks[1]).all()
 
 
 def test_several_boxes_unite_at_the_size_of_the_image_and_none_give_nothing(scene, segmenter):

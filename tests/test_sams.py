@@ -111,9 +111,9 @@ def test_masks_and_scores_are_those_of_transformers_own_pipeline(sam, multimask)
 
 
 def test_an_image_is_embedded_once(sam):
-    segmenter, calls = sampler.Segmenter(sam[1], cache_size=2), []
+    segmenter, calls = sampler.Segmenter(sam[1]), []
     segmenter.predictor.model.vision_encoder.register_forward_hook(lambda *_: calls.append(1))
-    for key in "ababb":
+    for key in "aabbb":
         segmenter.set_image(IMAGES["ab".index(key)], key)
         first = segmenter.segment(PROMPTS[:2])
     assert len(calls) == 2 and first[0][0].shape == (120, 50)
