@@ -1236,9 +1236,9 @@ def outline(mask, width):
 
 
 def paint_mask(image, mask, width):
-    """The image with a mask (H, W) tinted in cyan, which no object has, and outlined."""
+    """The image with a mask (H, W) outlined in cyan, which no object has, and tinted a little."""
     pixels, cyan = np.asarray(image, dtype=np.float64), np.array([0, 255, 255])
-    painted = np.where(mask[..., None], 0.75 * pixels + 0.25 * cyan, pixels)
+    painted = np.where(mask[..., None], 0.9 * pixels + 0.1 * cyan, pixels)
     painted[outline(mask, width)] = cyan
     return Image.fromarray(painted.astype(np.uint8))
 

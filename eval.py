@@ -427,7 +427,8 @@ def validate(model, processor, samples, prompts="points", batch_size=64, limit=2
     for think in [True] if prompts == "sam" else [False, True]:
         args.use_think = think
         totals = torch.zeros(3, dtype=torch.float64, device=model.device)  # IoU, accuracy, number
-        for start in range(0, len(own), batch_size):
+        starts = range(0, len(own), batch_size)
+        for start in tqdm(starts, "validating", disable=rank > 0, leave=False):
             batch = own[start : start + batch_size]
             truths, phrases = [s.mask for s in batch], [s.phrases[0] for s in batch]
             predictions = predict(model, processor, open_images(batch), phrases, truths, args)
