@@ -218,8 +218,7 @@ def record_border(name, problems=None):
 @dataclass
 class Sample:
     """One referring expression. `segmentation` is COCO's (see decode_segmentation), `size` its
-    (H, W). Or it is the Path of a mask file, opened at each use: 50,000 files would take minutes.
-    """
+    (H, W). Or it is the Path of a mask file, which is opened at each use."""
 
     image_path: Path
     phrases: list[str]
@@ -238,7 +237,7 @@ class Sample:
     @property
     def is_weak(self):
         """Whether a phrase is only the class name, as in weakly labelled RRSIS-D."""
-        letters = lambda text: re.sub("[^a-z]", "", text.lower())
+        letters = lambda text: re.sub(r"[\W_]", "", text.lower())
         return any(letters(phrase) == letters(self.class_name) for phrase in self.phrases)
 
     @property
@@ -253,7 +252,7 @@ class Sample:
         """RGB image, resized to the mask: some RRSIS-D images are off by a few pixels."""
         with record_border(self.name):
             image = open_image(self.image_path)
-            height, width = self.size or open_mask(self.segmentation).shape
+            height, width = self.size or mask_size(self.segmentation)
             return image if image.size == (width, height) else image.resize((width, height))
 
 
@@ -321,6 +320,12 @@ def open_mask(path):
             if is_wrong:
                 raise InputError(f"{path}: {found}, expected a PNG of 0 and one other value")
         return mask
+
+
+def mask_size(path):
+    """(H, W) of a mask file, by its header."""
+    with image_border(path, MASK_FORMATS) as image:
+        return image.size[::-1]
 
 
 def add_sample(samples, path, phrases, class_name, ref_id, split, segmentation, **more):
@@ -413,8 +418,8 @@ def read_refer(split, problems, path):
 
 
 def files_in(folder):
-    """{name without suffix: path}. A listing is one call, where asking for 50,000 names is slow on
-    a network disk, and it holds nothing outside of the folder."""
+    """{name without suffix: path}. One listing is faster than to ask for 50,000 names, and with it
+    no name in a record can point outside of the folder."""
     names = sorted(os.listdir(folder), reverse=True)  # of 1.jpg and 1.png the first is kept
     names = [name for name in names if name[0] != "."]  # macOS writes ._1.jpg
     return {SUFFIX.sub("", same_unicode(name)): folder / name for name in names}
@@ -496,7 +501,7 @@ DEMOS = ("demo", "demo_reason")
 
 
 def set_key(name):
-    """RIS-LAD, ris_lad and its other spelling res_lad are one set."""
+    """The key of a set's name in all its spellings: RIS-LAD is ris_lad, and also res_lad."""
     return re.sub("[-_]", "", name.lower()).replace("reslad", "rislad")
 
 
@@ -1147,7 +1152,7 @@ class PromptSampler(Iterator):
 
 def collate(processor, images, prompts, answers=None):
     """Images (B), prompt texts (B) and, for training, answer texts (B) -> model inputs. `labels` is
-    -100 but on the answer's tokens and its end-of-sequence token. The answer is tokenised on its
+    -100 except on the answer's tokens and its end-of-sequence token. The answer is tokenised on its
     own, after the same prompt tokens that generation sees."""
     chats = sampler.chat_texts(processor, prompts)
     batch = sampler.encode(processor, images, chats)
@@ -1192,7 +1197,7 @@ def collate_text(processor, prompts):
 
 def read_jsonl(path):
     """The lines of a JSONL file, less one that was cut off when its process was killed."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     rows = [parse_json(line, math.inf) for line in lines]
     return [row for row in rows if row is not None]
 
@@ -1282,9 +1287,10 @@ def main(args):
             counts[title][value] += 1
     images = {sample.image_path for sample in valid}
     print(f"{len(valid)} refs on {len(images)} images, {len(problems)} bad records")
-    print("\n".join(f"  {problem}" for problem in problems))
+    for problem in problems:
+        print(f"  {problem}")
     for title, counter in counts.items():
-        listed = ", ".join(f"{key} {count}" for key, count in sorted(counter.items()))
+        listed = ", ".join(f"{key}: {count}" for key, count in sorted(counter.items()))
         print(f"{title}: {listed}")
     folder = Path(args.log_dir) / args.version_name
     folder.mkdir(parents=True, exist_ok=True)

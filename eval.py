@@ -97,7 +97,7 @@ def get_args(argv=None):
     add("--save_img", **bare, help="write overlay pictures")
     add("--max_img", type=natural, default=100, help="how many overlays at most")
     add("--resume", action=on_off, default=True, help="continue a run that was cut off")
-    add("--seed", type=natural, default=0, help="for sampling and --points random")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="for sampling and --points random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args(argv)
     if args.paper:
@@ -108,7 +108,7 @@ def get_args(argv=None):
     for is_wrong, line in (
         (bool(args.image) != bool(args.query), "--image and --query go together"),
         (args.image and (args.oracle or is_many), "--oracle and --best_of need a set, not --image"),
-        (args.k_min > args.k_max, "--k_max is at least --k_min"),
+        (args.k_min > args.k_max and args.points in ("grid", "random"), "--k_max is below --k_min"),
         (is_many and not args.temperature, "--best_of needs a --temperature, such as 0.9"),
         (is_many and is_sam, "--best_of cannot compare the lists of --prompts sam"),
         (is_sam and args.oracle == "box" and args.points != "none", "--oracle box: --points none"),
@@ -137,7 +137,7 @@ class Prediction:
 
     @property
     def all_points(self):
-        return np.concatenate([np.zeros((0, 2)), *self.points])  # (N * K, 2)
+        return np.concatenate([np.zeros((0, 2)), *self.points])  # (sum of all K, 2)
 
 
 class ImagePrefix(NamedTuple):
@@ -222,7 +222,7 @@ def predict_labels(model, processor, prefix, phrases, predictions, args):
         predictions[i].answer_points, found = text, data.find_labels(text)
         if found and len(found[1]) == counts[i]:  # never a partial match of labels to points
             places, predictions[i].labels = found
-            predictions[i].confidence = char_probs[places].round(4).tolist()
+            predictions[i].confidence = char_probs[places].tolist()
 
 
 def segment(segmenter, image, key, prediction, args):
@@ -329,7 +329,7 @@ def score(prediction, sample, sentence, truth, mask, sam_score, args):
         "box_px": prediction.boxes.round(2).tolist(),
         "points_px": prediction.all_points.round(2).tolist(),
         "labels": prediction.labels,
-        "confidence": prediction.confidence,
+        "confidence": [round(p, 4) for p in prediction.confidence],
         "sam_score": round(sam_score, 4),
         "rle": data.encode_rle(mask),
         "inter": inter,
@@ -478,8 +478,8 @@ def gather_predictions(folder):
 
 
 def start_or_resume(folder, args, samples, protocol):
-    """(ref_id, sentence) of the answers in `folder`, if all that they depend on is as it was. Else
-    they are moved aside."""
+    """(ref_id, sentence) of the answers in `folder`, if settings and files of the data, the model
+    and SAM are as they were. Else they are moved aside."""
     files = {*sampler.weight_files(args.sam_ckpt), *sampler.weight_files(args.eval_model_path)}
     files |= {sample.image_path for sample in samples}
     files |= {s.segmentation for s in samples if isinstance(s.segmentation, Path)}
@@ -619,8 +619,8 @@ def report(metrics):
     print(f"\n{metrics['n_failed']} of {metrics['n']} answers without a readable {what}")
     if metrics["n_repaired"]:
         print(f"{metrics['n_repaired']} answers whose JSON had to be repaired")
-    print(METRICS)
     if metrics["n_no_target"]:
+        print(METRICS)
         found = f"{metrics['no_target_acc']:.3f} of them left unmarked (none)"
         print(f"{metrics['n_no_target']} phrases without a target, {found}")
     if "oracle_miou" in metrics:

@@ -34,7 +34,7 @@ batch.
 
 train.jsonl, over all processes: `reward`, the weighted sum, and each `reward_*` (null where it does
 not apply); `reward_std` within a group; `dropped`, share of groups without signal; `policy_loss`,
-near 0 at mu = 1, though its gradient is not: watch the rewards; `kl` per token; `clipped`, share of
+near 0 at mu = 1 (its gradient is not), so watch the rewards; `kl` per token; `clipped`, share of
 tokens where the clip acts; `length` in tokens; `truncated` and `repaired`, shares of completions;
 `rollout_gap`, rounding between a token's log-prob in sampling and scoring; `grad_norm` before
 clipping; `skipped`, updates so far with a number that was not finite; seconds of the four phases.
@@ -120,9 +120,13 @@ def get_args(argv=None):
         parser.error(f"--reward {','.join(args.reward)}: expected some of box,point,mask")
     if not any(getattr(args, f"{name}_weight") for name in args.reward):
         parser.error(f"--reward {','.join(args.reward)}: all of its weights are 0")
+    args = fill_own_defaults(args)
+    drawn = {"box": args.point_ratio < 1, "point": args.point_ratio > 0, "mask": True}
+    if args.prompts == "points" and not any(drawn[name] for name in args.reward):
+        parser.error("--point_ratio draws no prompt that --reward would judge")
     if args.ref_url and not all(map(URL.fullmatch, args.ref_url.split(","))):
         parser.error(f"--ref_url {args.ref_url}: expected http://host:port, or several with commas")
-    return fill_own_defaults(args)
+    return args
 
 
 def fill_own_defaults(args):
@@ -495,7 +499,7 @@ def main(args):
                     rollout.reference_job = executor.submit(reference.logps, *tensors)
                 rollouts.append(rollout)
 
-        # all processes agree on these numbers, and so on whether there is an update
+        # all processes have the same two numbers: either all take the update, or none
         completions = sum(r.mask.any(1).sum().item() for r in rollouts)
         tokens = sum(r.mask.sum().item() for r in rollouts)
         completions, tokens = run.sum([completions, tokens])

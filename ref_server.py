@@ -158,8 +158,10 @@ class Reference:
             if time.time() - start >= self.patience:
                 waited = self.patience
                 self.patience = 0  # training ends now: requests in the queue fail at once
-                remedy = "is `python ref_server.py` running there? --ref_patience waits longer"
-                raise InputError(f"no reference at {url} in {waited:.0f} s ({why}): {remedy}")
+                remedy = (
+                    "is `python ref_server.py` running there, or busy? --ref_patience waits longer"
+                )
+                raise InputError(f"no answer from {url} in {waited:.0f} s ({why}): {remedy}")
             if not is_waiting:
                 print(f"\nwaiting for the reference at {url}: {why}", flush=True)  # below a bar
             is_waiting = True
@@ -224,8 +226,8 @@ REQUIRED = set(TENSORS) - {"image_grid_thw", "image_sizes"}
 
 
 def check_request(tensors, model, processor):
-    """InputError for a request that would take too much memory, give wrong numbers in silence, or
-    end the process on a GPU (an id out of range). Other mistakes make the model raise."""
+    """InputError for a request that would take too much memory, give wrong numbers in silence (no
+    pixels, for example), or end the process on a GPU (an id out of range)."""
     unknown, missing = tensors.keys() - TENSORS.keys(), REQUIRED - tensors.keys()
     require(not unknown and not missing, f"unknown tensors {unknown}, missing {missing}")
     vocabulary, sizes = model.get_input_embeddings().num_embeddings, {"2": 2, "3": 3}

@@ -39,6 +39,7 @@ import sys
 import tempfile
 import traceback
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -133,8 +134,11 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     adapters = [f for f in (Path(path), Path(path) / "adapter") if (f / ADAPTER_CONFIG).is_file()]
     if adapters and not (Path(path) / "config.json").is_file():
-        base = read_adapter_config(adapters[0])["base_model_name_or_path"]
+        config = read_adapter_config(adapters[0])
+        base, expected = config["base_model_name_or_path"], config.get("base_fingerprint")
         model, processor = load_policy(base, "cpu", dtype)  # merging on the CPU gives the same bits
+        if expected not in (None, fingerprint(model, processor, torch.bfloat16)):
+            raise InputError(f"{path} is an adapter of another model than the one in {base} now")
         merge_adapter(model, adapters[0])
         return model.to(device), processor
     expected = "expected a Hugging Face folder (config.json, *.safetensors) or a hub name"
@@ -218,14 +222,15 @@ def vision_token_ids(model, processor):
     return sorted(ids - {None})
 
 
-def fingerprint(model, processor):
+def fingerprint(model, processor, dtype=None):
     """16 hex digits that tell one policy from another: a hash of the vocabulary and, for every
-    parameter, of its name, dtype, shape and about 256 of its numbers (hashing all is slow)."""
+    parameter, of its name, dtype, shape and about 256 of its numbers (hashing all is slow). With a
+    `dtype`, they are rounded to it first: a model has the same one in float32 and in bfloat16."""
     digest = hashlib.sha256(json.dumps(sorted(processor.tokenizer.get_vocab().items())).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 256)].float().cpu()  # float32 loses nothing
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        some = flat[:: max(1, flat.numel() // 256)].to(dtype or parameter.dtype).float().cpu()
+        digest.update(f"{name} {dtype or parameter.dtype} {tuple(parameter.shape)}".encode())
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -691,7 +696,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model, rank=64, alpha=128, dropout=0.05):
-    """Freeze the model, but for its vision merger and for LoRA on the language model's layers."""
+    """Freeze the model, except its vision merger and LoRA on the language model's layers."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         parent, _, leaf = name.rpartition(".")
@@ -724,8 +729,9 @@ def merger_names(model):
     return [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
 
 
-def save_adapter(model, folder, base):
-    """Write adapter_model.safetensors and adapter_config.json; `base`: the base model's path."""
+def save_adapter(model, folder, base, base_fingerprint=None):
+    """Write adapter_model.safetensors and adapter_config.json. base: the base model's path;
+    base_fingerprint: its fingerprint in bfloat16."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layer = next(m for m in model.modules() if isinstance(m, LoRALinear))
@@ -733,6 +739,7 @@ def save_adapter(model, folder, base):
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": str(base),
+        "base_fingerprint": base_fingerprint,
         "r": layer.lora_A.out_features,
         "lora_alpha": layer.scale * layer.lora_A.out_features,
         "lora_dropout": layer.dropout.p,
@@ -750,9 +757,9 @@ def save_adapter(model, folder, base):
 
 
 # PEFT's fields that do not change what the weights mean; of all others, the values that do not
-ANY_VALUE = """base_model_name_or_path r lora_alpha lora_dropout target_modules exclude_modules
-modules_to_save layers_to_transform layers_pattern inference_mode task_type auto_mapping
-peft_version megatron_core qalora_group_size""".split()
+ANY_VALUE = """base_model_name_or_path base_fingerprint r lora_alpha lora_dropout target_modules
+exclude_modules modules_to_save layers_to_transform layers_pattern inference_mode task_type
+auto_mapping peft_version megatron_core qalora_group_size""".split()
 USUAL = {
     "peft_type": ["LORA"],
     "bias": ["none"],
@@ -766,8 +773,10 @@ def read_adapter_config(folder):
     path = Path(folder) / ADAPTER_CONFIG
     with error_border(f"{path} cannot be read", "expected the config of a LoRA adapter"):
         config = json.loads(path.read_text())
-        if not config["base_model_name_or_path"]:
+        if not (base := config["base_model_name_or_path"]):
             raise InputError(f"{path} names no base model: set base_model_name_or_path")
+        if path.parent.resolve() in (base := Path(base).resolve(), base / "adapter"):
+            raise InputError(f"{path} names itself as its base model")
         for name, value in config.items():
             if name not in ANY_VALUE and value not in USUAL.get(name, (None, False, {}, [])):
                 raise InputError(f"{path}: {name} {value} is not supported, merge with PEFT first")
@@ -1013,7 +1022,9 @@ def join_processes(device, backend=None):
     with error_border(f"the processes cannot join ({found})", remedy):
         rank, world, local_rank = (int(value or 0) for value in found.values())
         if world > 1:
-            dist.init_process_group(backend or ("nccl" if device == "cuda" else "gloo"))
+            backend = backend or ("nccl" if device == "cuda" else "gloo")
+            # process 0 may be saving or drawing for long, while the others wait
+            dist.init_process_group(backend, timeout=timedelta(hours=3))
     device = f"cuda:{local_rank}" if device == "cuda" else device
     return rank, max(world, 1), local_rank, device
 
@@ -1064,7 +1075,7 @@ def run_script(main, get_args):
     try:
         main(get_args())
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
+        print("stopped", file=sys.stderr)
         os._exit(128 + signal.SIGINT)  # at once: a thread may be waiting for a server
     except Exception as error:
         # an error in a data worker arrives as its whole traceback, the message last

@@ -140,7 +140,12 @@ def add_common_flags(parser, defaults):
     # system and output
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--gradient_checkpointing", action=on_off, default=False, help="less memory, more time")
-    add("--seed", type=natural, default=0, help="of data order, tasks, jitter and sampling")
+    add(
+        "--seed",
+        type=number(int, 0, 2**32),
+        default=0,
+        help="of data order, tasks, jitter and sampling",
+    )
     add("--log_dir", default="runs", help="results go to <log_dir>/<version_name>")
     add("--merge", action=on_off, default=True, help="write merged weights beside the adapter")
     add("--save_step", type=count, help="save every so many updates, and at the end")
@@ -179,8 +184,10 @@ class Run:
     def __init__(self, args):
         """Join the processes that torchrun started, if any, and lock the folder."""
         self.args, self.folder = args, Path(args.log_dir) / args.version_name
-        if Path(args.model_path).resolve() == self.folder.resolve():
-            raise InputError(f"--model_path {self.folder} would be overwritten: --version_name")
+        if Path(args.model_path).resolve().is_relative_to(self.folder.resolve()):
+            raise InputError(
+                f"--model_path {args.model_path} would be moved: give a --version_name"
+            )
         joined = sampler.join_processes(args.device)
         self.rank, self.world, self.local_rank, self.device = joined
         sampler.check_device(self.device)
@@ -210,7 +217,7 @@ class Run:
             pass  # a file system without locks
 
     def catch_signals(self):
-        """From now on, let the loop finish its update. A second Ctrl-C ends the process at once."""
+        """From now on, let the loop finish its update. A Ctrl-C after that ends it at once."""
 
         def note_signal(number, frame):
             self.signal = number
@@ -258,6 +265,7 @@ class Run:
         ignored = lambda key: key in MAY_DIFFER_ON_RESUME
         settings = {key: value for key, value in vars(self.args).items() if not ignored(key)}
         settings["model"] = f"{model.dtype}, fingerprint {sampler.fingerprint(model, processor)}"
+        self.base_fingerprint = sampler.fingerprint(model, processor, torch.bfloat16)
         settings["checksum of the data"] = data.checksum(samples)
         if "mask" in getattr(self.args, "reward", ()):
             weights = b"".join(p.read_bytes() for p in sampler.weight_files(self.args.sam_ckpt))
@@ -283,7 +291,7 @@ class Run:
         return saved
 
     def checkpoints(self):
-        """The oldest first."""
+        """Their paths, the oldest first."""
         return sorted(p for p in self.folder.glob("checkpoints/*") if p.name.isdigit())
 
     def read_newest_checkpoint(self):
@@ -307,8 +315,8 @@ class Run:
             return {**saved, "settings": dict(saved["settings"])}  # raises for another program's
 
     def open_log(self):
-        """train.jsonl, less the lines of updates that come again. An earlier run of the same name
-        is moved, not overwritten."""
+        """train.jsonl, without the lines of updates that will be repeated. An earlier run of the
+        same name is moved, not overwritten."""
         folder, path = self.folder, self.folder / "train.jsonl"
         names = ("checkpoints", "config.json", "adapter")
         is_used = any((folder / name).exists() for name in names)
@@ -366,7 +374,8 @@ class Run:
         if self.rank == 0:
             with self.writing(self.folder):
                 if self.args.lora_rank:
-                    sampler.save_adapter(model, self.folder / "adapter", self.args.model_path)
+                    names = self.folder / "adapter", self.args.model_path, self.base_fingerprint
+                    sampler.save_adapter(model, *names)
                 if self.args.merge or not self.args.lora_rank:
                     sampler.save_policy(model, processor, self.folder)
                 else:  # merged weights of before --no-merge would be loaded instead of the adapter

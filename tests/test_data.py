@@ -263,6 +263,12 @@ def test_a_mask_or_image_that_fails_while_training_is_named_with_its_remedy(tmp_
         mask.mask  # noqa: B018
 
 
+@pytest.mark.parametrize("phrase, is_weak", [("飞机", True), ("左上角的飞机", False)])
+def test_a_phrase_is_weak_if_it_is_the_class_name_in_any_script(tmp_path, phrase, is_weak):
+    refer_set(tmp_path, raw=phrase, **{"class": "飞机"})
+    assert data.load_samples("tiny", tmp_path)[0].is_weak == is_weak
+
+
 def test_a_ref_id_used_twice_is_named(tmp_path):
     refer_set(tmp_path)
     path = tmp_path / "tiny" / "refs(unc).p"

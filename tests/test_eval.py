@@ -182,6 +182,15 @@ def test_best_of_n_reports_its_oracle_apart(small_set, tmp_path, capsys):
     assert "not a result" in capsys.readouterr().out
 
 
+def test_a_confidence_meets_theta_before_it_is_rounded():
+    prediction = evaluation.Prediction("", np.array([[0, 0, 9, 9]]), [np.array([[4, 4]])])
+    prediction.labels, prediction.confidence = [1], [0.89996]
+    asked, segmenter = [], Mock(segment_all=lambda groups: asked.extend(groups) or [(None, 0)])
+    args = evaluation.get_args(["--points", "fixed", "--k_min", "8"])  # --k_max has no effect
+    evaluation.segment(segmenter, Image.new("RGB", (9, 9)), "", prediction, args)
+    assert [len(points) for ((_, points, _),) in asked] == [0]
+
+
 def test_one_image_of_the_user(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (300, 170), "tan").save("photo.jpg")

@@ -90,7 +90,7 @@ def test_a_server_that_is_away_or_silent_ends_in_one_line_also_for_what_is_queue
         client = ref_server.Reference([url], IDENTITY, patience=1)
         for least, most in ((1, 4), (0, 0.9)):  # seconds
             start = time.time()
-            with pytest.raises(InputError, match="no reference at .*--ref_patience") as error:
+            with pytest.raises(InputError, match="no answer from .*--ref_patience") as error:
                 client.logps(*QUESTION)
             assert least <= time.time() - start < most and "\n" not in str(error.value)
     assert given == [HEALTH, *answers]

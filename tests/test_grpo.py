@@ -125,6 +125,8 @@ def test_the_penalty_is_the_k3_estimate_and_draws_back_to_the_reference():
 
 
 SENSELESS = {
+    "--reward box --point_ratio 1": "draws no prompt that --reward would judge",
+    "--reward point --point_ratio 0": "draws no prompt that --reward would judge",
     "--warmup 2": "2 is not from 0 to 1",
     "--mask_weight nan": "nan is not from 0",
     "--ref_url host:1": "expected http://host:port",
@@ -334,5 +336,5 @@ if __name__ == "__main__":
     for name in RUNS:  # each with a meeting place of its own, as the processes meet anew
         store = dist.FileStore(f"{folder}/{name} meets", 2)
         meet = dict(store=store, rank=int(os.environ["RANK"]), world_size=2)
-        dist.init_process_group = lambda backend, meet=meet: join(backend, **meet)
+        dist.init_process_group = lambda backend, meet=meet, **_: join(backend, **meet)
         train_by_prompt(name, options, Path(folder))

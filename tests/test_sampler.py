@@ -473,10 +473,29 @@ def test_an_adapter_on_an_adapter_alone_is_loaded_too(tmp_path):
     assert not torch.allclose(logits_of(loaded, batch), logits_of(first, batch), atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_not_merged_into_another_model_than_its_own(dtype, tmp_path):
+    """Though it lies in the same folder, as after `sft.py` with another seed."""
+    base, processor = sampler.load_policy(dtype=dtype)
+    sampler.save_policy(base, processor, tmp_path / "base")
+    known = sampler.fingerprint(base, processor, torch.bfloat16)
+    sampler.save_adapter(adapt(base), tmp_path / "adapter", tmp_path / "base", known)
+    for other in (torch.float32, torch.bfloat16):
+        sampler.load_policy(tmp_path / "adapter", dtype=other)
+    another = sampler.load_policy(dtype=dtype)[0]
+    another.lm_head.weight.data *= 1.1
+    sampler.save_policy(another, processor, tmp_path / "base")
+    with pytest.raises(InputError, match="is an adapter of another model than the one in"):
+        sampler.load_policy(tmp_path / "adapter")
+    sampler.save_adapter(adapt(another), tmp_path / "own", tmp_path / "own")
+    with pytest.raises(InputError, match="names itself as its base model"):
+        sampler.load_policy(tmp_path / "own")
+
+
 def test_the_real_peft_reads_the_adapter(adapted, tmp_path):
     peft = pytest.importorskip("peft")
     model, _, batch, base = adapted
-    sampler.save_adapter(model, tmp_path, base)
+    sampler.save_adapter(model, tmp_path, base, "0123456789abcdef")
     theirs = peft.PeftModel.from_pretrained(sampler.load_policy(base)[0], tmp_path).eval()
     assert (logits_of(theirs, batch) - logits_of(model, batch)).abs().max() < 1e-4
 

@@ -125,7 +125,7 @@ def test_the_demo_and_the_recipe_resolve_to_their_own_numbers():
     [
         (sft, "--option a:x", "--option a:x: 'a:x', expected the name of a set"),
         (sft, "--option nothing", "--option nothing: no such set"),
-        (sft, "--model_path runs/sft", "--model_path runs/sft would be overwritten"),
+        (sft, "--model_path runs/sft", "--model_path runs/sft would be moved"),
         (grpo, "", "no model in runs/sft: run python sft.py first"),
     ],
 )
