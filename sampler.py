@@ -153,9 +153,9 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     expected = "expected a Qwen-VL, InternVL or LLaVA model with an image token and a chat template"
     with error_border(f"{path} is a {model.config.model_type} that cannot be used", expected):
         tokenizer = processor.tokenizer
-        ends = map(tokenizer.decode, end_ids(model, processor))
+        ends = [tokenizer.eos_token, *map(tokenizer.decode, end_ids(model, processor))]
         in_chats = [end for end in ends if end in str(processor.chat_template)]
-        tokenizer.eos_token = [*in_chats, tokenizer.eos_token][0]  # that SFT teaches
+        tokenizer.eos_token = (in_chats or ends)[0]  # SFT teaches it
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         check_sharing(model, processor)
     if not model.can_share and rank_and_world()[0] == 0:

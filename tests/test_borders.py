@@ -14,12 +14,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, python
+from conftest import ROOT, TINY, python, serve
 from PIL import Image
 from test_data import refer_set
 
 import data
 import grpo
+import ref_server
 import sampler
 from sampler import InputError
 
@@ -493,3 +494,12 @@ def test_out_of_memory_on_a_gpu_is_one_line_with_remedies():
 
     with pytest.raises(SystemExit, match="^error: not enough memory .*--batch_size.*checkpointing"):
         sampler.run_script(main, lambda: None)
+
+
+def test_a_reference_serves_and_is_asked_on_ipv6(tiny):
+    process, port = serve("--host", "::1")
+    identity = ref_server.model_identity(*tiny, "runs/sft")
+    ref_server.Reference([f"http://[::1]:{port}"], identity, patience=5)
+    assert grpo.get_args(["--ref_url", f"http://[::1]:{port}"]).ref_url
+    process.terminate()
+    assert process.wait(20) == 0
