@@ -86,7 +86,7 @@ def get_args(argv=None):
     add(
         "--sam_ckpt",
         default=str(sampler.TINY_SAM),
-        help="weights of SAM or MobileSAM, or folder: SAM 2, 3, HQ",
+        help="file of SAM or MobileSAM; folder or hub name of SAM, SAM-HQ, SAM 2 or 3",
     )
     add("--multimask", action=on_off, default=False, help="best of SAM's three masks")
     add("--paper", action=on_off, default=False, help="as published: --k_min 1 --multimask")
@@ -449,11 +449,12 @@ def describe_run(args, path):
     grid = f"{args.points} {cells} theta={args.theta:g}"
     points = "two per instance" if args.prompts == "sam" else grid
     sampling = f"tau={args.temperature:g} best of {args.best_of}"
+    sam = Path(args.sam_ckpt).name if Path(args.sam_ckpt).exists() else args.sam_ckpt
     return {
         "option": args.option,
         "split": args.split,
         "model": f"oracle {args.oracle}" if args.oracle else path,
-        "sam": "tiny_sam" if args.sam_ckpt == str(sampler.TINY_SAM) else Path(args.sam_ckpt).name,
+        "sam": "tiny_sam" if args.sam_ckpt == str(sampler.TINY_SAM) else sam,
         "size": f"{args.size} x {args.size}, as some papers" if args.size else "native",
         "prompts": args.prompts,
         "use_think": args.use_think,

@@ -100,7 +100,7 @@ def get_args(argv=None):
     add("--mask_weight", type=weight, default=2.0, help="of the IoU of SAM's mask (default 2)")
     add("--json_weight", type=weight, default=1.0, help="of valid JSON, --prompts sam (default 1)")
     add("--format_weight", type=weight, default=1.0, help="of the format (default 1)")
-    add("--sam_ckpt", default=str(sampler.TINY_SAM), help="weights of the SAM in --reward mask")
+    add("--sam_ckpt", default=str(sampler.TINY_SAM), help="SAM of --reward mask, as in eval.py")
     # loss
     add("--loss", choices=["grpo", "dr_grpo", "dapo"], default="grpo", help="weight of a token")
     add("--beta", type=positive, default=0.04, help="weight of the KL penalty; 0: no reference")

@@ -54,7 +54,8 @@ from torch.utils.checkpoint import checkpoint
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 TINY_VLM, TINY_SAM = ASSETS / "tiny_vlm", ASSETS / "tiny_sam" / "model.safetensors"
-HUB_NAME = re.compile(r"(?!runs/)\w[\w.-]*/[\w.-]+")  # owner/name
+# owner/name, but neither a folder of runs nor a file of weights that is not there
+HUB_NAME = re.compile(r"(?!runs/|.*\.(pt|pth|safetensors)$)\w[\w.-]*/[\w.-]+")
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
 LOGITS_IN_MEMORY = 2**27  # float32 numbers, see token_logps
 
@@ -860,7 +861,7 @@ def load_sam(checkpoint=TINY_SAM):
 
 # config.model_type: the name of transformers' classes
 HUB_SAMS = {"sam": "Sam", "sam_hq": "SamHQ", "sam2": "Sam2", "sam2_video": "Sam2"}
-HUB_SAMS |= dict.fromkeys(["sam3", "sam3_video", "sam3_tracker"], "Sam3Tracker")
+HUB_SAMS |= dict.fromkeys(["sam3_tracker", "sam3_tracker_video", "sam3_video"], "Sam3Tracker")
 
 
 class HubPredictor:
@@ -869,13 +870,16 @@ class HubPredictor:
     def __init__(self, path, device):
         import transformers
 
-        safe = {"trust_remote_code": False}
+        # SAM 2 and 3 are published as video models, and transformers warns of each
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        options = {"use_safetensors": True, "output_loading_info": True}
         with error_border(f"--sam_ckpt {path} cannot be loaded", f"expected one of {[*HUB_SAMS]}"):
-            kind = HUB_SAMS[transformers.AutoConfig.from_pretrained(path, **safe).model_type]
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+            kind = HUB_SAMS[config.model_type]
             self.processor = getattr(transformers, f"{kind}Processor").from_pretrained(path)
-            model, loading = getattr(transformers, f"{kind}Model").from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
+            model_class = getattr(transformers, f"{kind}Model")
+            model, loading = model_class.from_pretrained(path, dtype=torch.float32, **options)
             if loading["missing_keys"]:
                 raise LookupError(f"it has no {sorted(loading['missing_keys'])[0]}")
         self.model, self.device = model.to(device).eval().requires_grad_(False), device
@@ -883,7 +887,8 @@ class HubPredictor:
 
     def set_image(self, image):
         """Embed an RGB array (H, W, 3)."""
-        inputs = self.processor(images=image.copy(), return_tensors="pt")
+        options = {"return_tensors": "pt", "input_data_format": "channels_last"}
+        inputs = self.processor(images=image.copy(), **options)
         pixels = inputs["pixel_values"].to(self.device)
         self.original_size = image.shape[:2]
         resized = inputs.get("reshaped_input_sizes", torch.tensor([pixels.shape[-2:]]))

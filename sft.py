@@ -269,7 +269,7 @@ class Run:
         settings["checksum of the data"] = data.checksum(samples)
         if "mask" in getattr(self.args, "reward", ()):
             weights = b"".join(p.read_bytes() for p in sampler.weight_files(self.args.sam_ckpt))
-            settings["checksum of --sam_ckpt"] = zlib.crc32(weights)
+            settings["checksum of --sam_ckpt"] = zlib.crc32(weights or self.args.sam_ckpt.encode())
         self.settings = settings
         saved = self.read_newest_checkpoint() if self.args.resume else None
         if saved:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from safetensors.torch import save_file
 
 import eval as evaluation
 import sampler
@@ -60,7 +61,7 @@ def sam(request, tmp_path_factory):
 
 
 RNG = np.random.default_rng(0)
-SIZES = ((60, 90, 3), (120, 50, 3))
+SIZES = ((60, 90, 3), (120, 50, 3), (3, 64, 3))  # the last looks like channels first
 IMAGES = [Image.fromarray(RNG.integers(0, 256, size, np.uint8)) for size in SIZES]
 POINTS = np.array([[12.5, 20.0], [30, 33], [8, 41], [40, 11]])
 PROMPTS = [
@@ -81,7 +82,8 @@ def pipeline(kind, folder, image, prompts, multimask):
     if len(points[0]):
         options["input_points"] = [[part.tolist() for part in points]]
         options["input_labels"] = [[part.tolist() for part in labels]]
-    inputs = processor(images=image, return_tensors="pt", **options)
+    shape = {"return_tensors": "pt", "input_data_format": "channels_last"}
+    inputs = processor(images=np.array(image), **shape, **options)
     sizes = {"original_sizes": inputs.pop("original_sizes")}
     if "reshaped_input_sizes" in inputs:
         sizes["reshaped_input_sizes"] = inputs.pop("reshaped_input_sizes")
@@ -95,7 +97,7 @@ def pipeline(kind, folder, image, prompts, multimask):
 def test_masks_and_scores_are_those_of_transformers_own_pipeline(sam, multimask):
     kind, folder = sam
     segmenter = sampler.Segmenter(folder, multimask=multimask)
-    for image in IMAGES:
+    for image in reversed(IMAGES):
         segmenter.set_image(image)
         found = segmenter.segment(PROMPTS)
         for count in (0, 1, 4):
@@ -138,14 +140,41 @@ def test_an_unknown_kind_and_missing_weights_are_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind, model_type", [("Sam2", "sam2_video")])
-def test_a_folder_of_the_video_model_is_read_too(kind, model_type, tmp_path):
-    folder = small_sam(kind, tmp_path / "sam")
-    path = tmp_path / "sam/config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": model_type}))
-    segmenter = sampler.Segmenter(folder)
-    segmenter.set_image(IMAGES[0])
-    assert segmenter.segment(PROMPTS[:1])[0][0].shape == (60, 90)
+def sam3_video(folder):
+    """`folder`, with the video model as which SAM 3 is published; its weights' names are those of
+    the published file (what save_pretrained writes is not what from_pretrained reads)."""
+    folder = small_sam("Sam3Tracker", folder)
+    tracker = hf.Sam3TrackerConfig.from_pretrained(folder).to_dict()
+    tracker |= {"memory_attention_hidden_size": 32, "memory_encoder_hidden_size": 32}
+    tracker |= {"image_size": 64, "memory_attention_num_layers": 1}
+    tracker = hf.Sam3TrackerVideoConfig(**tracker)
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+    text |= {"bos_token_id": 0, "eos_token_id": 1}
+    detector = hf.Sam3Config(vision_config=tracker.vision_config, text_config=text)
+    config = hf.Sam3VideoConfig(detector_config=detector, tracker_config=tracker)
+    config.save_pretrained(folder)
+    weights = hf.Sam3VideoModel(config).state_dict()
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    return folder, weights
+
+
+def test_folders_of_video_models_are_read_too(tmp_path, capfd):
+    folder = small_sam("Sam2", tmp_path / "sam2")
+    path = tmp_path / "sam2/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "sam2_video"}))
+    another, weights = sam3_video(tmp_path / "sam3")
+    capfd.readouterr()
+    for name in (folder, another):
+        segmenter = sampler.Segmenter(name)
+        segmenter.set_image(IMAGES[0])
+        assert segmenter.segment(PROMPTS[:1])[0][0].shape == (60, 90)
+    assert capfd.readouterr() == ("", "")  # neither bars nor warnings
+    state = segmenter.predictor.model.state_dict()
+    names = {"mask_decoder": "tracker_model.mask_decoder", "vision_encoder.neck": "tracker_neck"}
+    names["vision_encoder.backbone"] = "detector_model.vision_encoder.backbone"
+    for here, there in names.items():
+        same = [key for key in state if key.startswith(here)]
+        assert same and all(torch.equal(state[k], weights[k.replace(here, there)]) for k in same)
 
 
 def test_evaluation_runs_with_such_a_sam_and_notices_new_weights(small_set, tmp_path, capsys):
@@ -159,3 +188,11 @@ def test_evaluation_runs_with_such_a_sam_and_notices_new_weights(small_set, tmp_
         assert said in capsys.readouterr().out
     metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
     assert metrics["protocol"]["sam"] == "sam" and metrics["n"] > 0
+
+
+def test_a_missing_file_is_no_hub_name_and_a_hub_name_is_shown_whole(small_set, tmp_path):
+    for missing in ("weights/sam_vit_h.pth", "runs/sam", "weights/sam.safetensors"):
+        with pytest.raises(InputError, match="No such file"):
+            sampler.Segmenter(missing)
+    args = evaluation.get_args(["--sam_ckpt", "facebook/sam2.1-hiera-tiny"])
+    assert evaluation.describe_run(args, "runs/grpo")["sam"] == "facebook/sam2.1-hiera-tiny"
