@@ -183,22 +183,23 @@ def decode_segmentation(segmentation, height, width):
 LIST_BAD = "; python data.py lists all bad records, --skip_bad leaves them out"
 MAX_CHARS = 2000  # of a phrase: some 500 tokens
 REF_ID = re.compile(r"[\w.+ -]{1,200}")  # eval.py names pictures after it
-# Not all that Pillow can read: for EPS it starts another program, Ghostscript, and of JPEG 2000 it
-# does not say how many bits there were.
-MASK_FORMATS = ["BMP", "PNG", "TIFF"]  # without loss
+# Not all that Pillow can read: for EPS it starts another program, Ghostscript; of JPEG 2000 it does
+# not say how many bits there were; of BMP it misreads some palettes.
+MASK_FORMATS = ["PNG", "TIFF"]  # without loss
 FORMATS = [*MASK_FORMATS, "GIF", "JPEG", "WEBP"]
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+COLOURS, PALETTE = 262, 320
 # What a TIFF may say, by tag. Pillow would read other values, but not always as they are stored.
 TIFF_TAGS = {
     "bits": (258, {1, 8}),
-    "colours": (262, {1, 2, 3, 6}),  # 0 is black, RGB, palette, YCbCr
+    "colours": (COLOURS, {1, 2, 3, 6}),  # 0 is black, RGB, palette, YCbCr
     "planes": (284, {1}),
     "bands": (338, {2}),  # beside grey or RGB: alpha
     "signs": (339, {1}),
 }
 COMPRESSION, LOSSLESS = 259, {1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000}
 ORIENTATION, NODATA = 274, 42113  # EXIF's; GDAL's, the number that stands for a missing pixel
-SUFFIX = re.compile(r"\.(bmp|gif|jpe?g|json|png|tiff?|webp)$", re.IGNORECASE)
+SUFFIX = re.compile(r"\.(gif|jpe?g|json|png|tiff?|webp)$", re.IGNORECASE)
 
 
 @contextmanager
@@ -277,17 +278,22 @@ def check_header(image, path, upright=False):
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     as_set = lambda value: set(value) if isinstance(value, tuple) else {value}
     odd = [name for name, (tag, usual) in TIFF_TAGS.items() if as_set(tags.get(tag, ())) - usual]
-    if image.mode not in MODES or re.search(";1[56]", str(image.tile)):  # such as RGB;16B
+    has_16_bits = re.search(";1[56]", str(image.tile))  # such as RGB;16B
+    is_deep = has_16_bits or image.mode[0] in "IF" or {"bits", "signs"} & set(odd)
+    if image.mode not in MODES or has_16_bits:
         odd.append(f"pixels ({image.mode})")
+    if tags and (COLOURS not in tags or max(tags.get(PALETTE, [256])) < 256):
+        odd.append("colours")  # readers of TIFF part on what these mean
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo with its preview
         odd.append("number of pictures")
     if not upright and image.getexif().get(ORIENTATION, 1) != 1:
         odd.append("orientation")
     if odd:
-        is_turned = odd == ["orientation"]
-        remedy = "convert -auto-orient" if is_turned else "gdal_translate -ot Byte -scale"
         found = f"{path} has unusual {', '.join(odd)}"
-        raise InputError(f"{found}, expected 8-bit grey or RGB: {remedy} {path} new.png")
+        remedy = f"convert -auto-orient '{path}[0]' new.png"
+        if is_deep:
+            remedy = f"gdal_translate -ot Byte -scale '{path}' new.png"
+        raise InputError(f"{found}, expected 8-bit grey or RGB: {remedy}")
 
 
 def open_image(path, upright=False):
@@ -301,21 +307,23 @@ def open_image(path, upright=False):
 
 
 def open_mask(path):
-    """Mask file -> bool (H, W): False where the first channel, or the index of the palette, is 0,
-    True where it has the one other value that a mask may have."""
+    """Mask file -> bool (H, W): False where it is black, True where it has the one other colour
+    that a mask may have."""
     with image_border(path, MASK_FORMATS) as image:
         check_header(image, path)
         tags, colours = getattr(image, "tag_v2", {}), image.getcolors(2) or ()
-        values = [int(np.ravel(colour)[0]) for _, colour in colours]
+        values = [np.ravel(colour).tolist() for _, colour in colours]
         missing = float(str(tags.get(NODATA, 0)).strip("\0 "))
-        mask = np.asarray(image.split()[0]) > 0
-        drawn = np.asarray(image.convert("L")) > 0 if image.mode == "P" else mask
+        drawn = np.asarray(image.convert("RGBA"))  # (H, W, 4)
+        mask = drawn[..., :3].any(2)
+        stored = np.asarray(image) > 0 if image.mode == "P" else mask
         for is_wrong, found in (
             (tags.get(COMPRESSION, 1) not in LOSSLESS, "compressed with loss"),
             (not colours, "more than two values"),
-            (len(values) == 2 and all(values) == any(values), f"values {values}"),
-            (missing and missing in values, f"{missing:g} means that the value is missing"),
-            ((drawn != mask).any(), "a palette in which 0 is not black"),
+            (len(values) == 2 and mask.all() == mask.any(), f"colours {values} without black"),
+            (missing and [missing] in values, f"{missing:g} means that the value is missing"),
+            ((stored != mask).any(), "a palette in which 0 is not black"),
+            ((mask & (drawn[..., 3] == 0)).any(), "a target that is transparent"),
         ):
             if is_wrong:
                 raise InputError(f"{path}: {found}, expected a PNG of 0 and one other value")

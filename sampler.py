@@ -629,7 +629,8 @@ def shares_prefix(model):
 def check_sharing(model, processor):
     """Set model.can_share: whether log-probs in a shared row, and of a prompt that continues from
     its image, are those of rows of their own. A layer of an unknown kind may mix completions.
-    LookupError if a prompt out of a batch has other log-probs than alone: select_prompts is wrong.
+    LookupError if even without sharing a prompt out of a batch has other log-probs than alone, or a
+    token other ones when it is sampled than when it is scored.
     """
     config, language = model.config.get_text_config(), language_model(model)
     implementation = language.config._attn_implementation
@@ -647,7 +648,9 @@ def check_sharing(model, processor):
         prefix = prefill(model, first)
         prefix = extend(model, prefix, [0], second) if second else prefix
         after = model.lm_head(prefix.last_hidden).float().log_softmax(-1)  # (1, V)
-        return after, completion_logps(model, prompt, completions, torch.ones_like(completions))
+        scored = completion_logps(model, prompt, completions, torch.ones_like(completions))
+        *sampled, logp = decode(model, processor, prefix, 2, 3, temperature=0)
+        return after, scored, logp - completion_logps(model, prompt, *sampled)
 
     def are_right(found):
         gap = max((a - b).abs().mean() for a, b in zip(found, right))
@@ -656,9 +659,9 @@ def check_sharing(model, processor):
 
     with merged_inference(model):
         model.can_share = False
-        right = log_probs(alone, alone)
+        right = *log_probs(alone, alone)[:2], torch.zeros(2, 1, device=model.device)
         if not are_right(log_probs(prompt, prompt)):
-            raise LookupError("a prompt has other log-probs in a batch than alone")
+            raise LookupError("a token's log-probs depend on its batch, or on sampling")
         # no state (Qwen3.5), no window: it may be longer than this prompt
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds == {"full_attention"} and not getattr(config, "sliding_window", None):

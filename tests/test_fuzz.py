@@ -206,7 +206,6 @@ MODES = {
     "PNG": ["RGB", "RGBA", "LA", "L", "P", "1"],
     "JPEG": ["RGB", "L"],
     "TIFF": ["RGB", "P", "1"],
-    "BMP": ["RGB", "P"],
     "GIF": ["P"],
     "WEBP": ["RGB", "RGBA"],
 }

@@ -226,18 +226,23 @@ def forget_positions(module, args, kwargs):
     return args, {**kwargs, "position_ids": None}
 
 
-@pytest.mark.parametrize("flaw", ["mean", "positions", "window"])
+def differ_in_decoding(module, args, output):
+    return output + (output.shape[1] <= 2)  # one token in each of two completions
+
+
+@pytest.mark.parametrize("flaw", ["mean", "decoding", "positions", "window"])
 def test_a_model_of_an_unknown_kind_is_refused_or_computed_the_plain_way(flaw):
     model, processor = small_policy("LlavaNext")
     language = model.model.language_model
-    if flaw == "mean":
-        language.layers[0].register_forward_hook(add_mean)
+    hooks = {"mean": add_mean, "decoding": differ_in_decoding}
+    if flaw in hooks:
+        language.layers[0].register_forward_hook(hooks[flaw])
     elif flaw == "positions":
         language.register_forward_pre_hook(forget_positions, with_kwargs=True)
     else:
         language.config.sliding_window = 8
-    if flaw == "mean":  # it sees padding, too: wrong in any batch
-        with pytest.raises(LookupError, match="other log-probs in a batch than alone"):
+    if flaw in hooks:  # the mean sees padding, too: wrong in any batch
+        with pytest.raises(LookupError, match="depend on its batch, or on sampling"):
             sampler.check_sharing(model, processor)
         return
     sampler.check_sharing(model, processor)
