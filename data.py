@@ -147,7 +147,7 @@ def decode_rle(rle):
 def fill_polygon(polygon, height, width):
     """[x, y, x, y, ...] -> bool (H, W): the pixels with their centre inside, by even-odd rule."""
     corners = np.reshape(polygon, (-1, 2)) * 1.0
-    if len(corners) < 3 or not (abs(corners) < 1e6).all():  # nor is nan
+    if np.ndim(polygon) > 2 or len(corners) < 3 or not (abs(corners) < 1e6).all():  # nor is nan
         raise InputError("a polygon, expected three or more corners as [x, y, x, y, x, y, ...]")
     crossed = np.zeros((height, width + 1), dtype=bool)  # an edge lies left of the pixel's centre
     for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0)):
@@ -254,16 +254,21 @@ class Sample:
         with record_border(self.name):
             image = open_image(self.image_path)
             height, width = self.size or mask_size(self.segmentation)
+            if image.size == (height, width) != (width, height):
+                raise InputError(f"its mask is {width} x {height}, its image {height} x {width}")
             return image if image.size == (width, height) else image.resize((width, height))
 
 
 @contextmanager
 def image_border(path, formats=FORMATS):
     """An image file, opened. What goes wrong with it becomes one line."""
-    with (
-        warnings.catch_warnings(),
-        error_border(f"cannot read {path}", f"expected {', '.join(formats)}, `convert` makes them"),
-    ):
+    if not Path(path).is_file():
+        raise InputError(f"cannot read {path}: no such file")
+    remedy = "expected a PNG or a TIFF without loss: JPEG blurs the edges of a mask"
+    if formats is FORMATS:
+        remedy = f"expected {', '.join(formats)} of at most 4 bands: "
+        remedy += f"gdal_translate -b 1 -b 2 -b 3 -ot Byte -scale '{path}' new.png"
+    with warnings.catch_warnings(), error_border(f"cannot read {path}", remedy):
         warnings.simplefilter("ignore")  # odd metadata; 89 to 179 million pixels
         try:
             with Image.open(path, formats=formats) as image:
@@ -307,22 +312,22 @@ def open_image(path, upright=False):
 
 
 def open_mask(path):
-    """Mask file -> bool (H, W): False where it is black, True where it has the one other colour
-    that a mask may have."""
+    """Mask file -> bool (H, W): False where the first channel, or the index of the palette, is 0,
+    True where it has the one other value that a mask may have. In RefSegRS it is the red one."""
     with image_border(path, MASK_FORMATS) as image:
         check_header(image, path)
         tags, colours = getattr(image, "tag_v2", {}), image.getcolors(2) or ()
-        values = [np.ravel(colour).tolist() for _, colour in colours]
+        values = [int(np.ravel(colour)[0]) for _, colour in colours]
         missing = float(str(tags.get(NODATA, 0)).strip("\0 "))
         drawn = np.asarray(image.convert("RGBA"))  # (H, W, 4)
-        mask = drawn[..., :3].any(2)
-        stored = np.asarray(image) > 0 if image.mode == "P" else mask
+        mask = np.asarray(image.split()[0]) > 0
+        is_black = image.mode == "P" and (drawn[..., :3].any(2) != mask).any()
         for is_wrong, found in (
             (tags.get(COMPRESSION, 1) not in LOSSLESS, "compressed with loss"),
             (not colours, "more than two values"),
-            (len(values) == 2 and mask.all() == mask.any(), f"colours {values} without black"),
-            (missing and [missing] in values, f"{missing:g} means that the value is missing"),
-            ((stored != mask).any(), "a palette in which 0 is not black"),
+            (len(values) == 2 and all(values) == any(values), f"values {values}"),
+            (missing and missing in values, f"{missing:g} means that the value is missing"),
+            (is_black, "a palette in which 0 is not black, or another colour is"),
             ((mask & (drawn[..., 3] == 0)).any(), "a target that is transparent"),
         ):
             if is_wrong:
@@ -382,6 +387,14 @@ def same_unicode(name):
     return unicodedata.normalize("NFC", name)
 
 
+def in_one_unicode(files, folder):
+    """{name: path} with same_unicode's names; InputError for two that are then alike."""
+    alike = {same_unicode(name): path for name, path in files.items()}
+    if len(alike) < len(files):
+        raise InputError(f"{folder} holds two names that differ in their form of Unicode alone")
+    return alike
+
+
 def rows_by_id(name, rows):
     """{id: row}; InputError for two rows that differ under one id."""
     table = {row["id"]: row for row in rows}
@@ -401,7 +414,7 @@ def read_refer(split, problems, path):
         coco = json.loads((folder / "instances.json").read_bytes())
         names = ("annotations", "images", "categories")
         annotations, rows, categories = (rows_by_id(name, coco[name]) for name in names)
-        files = {same_unicode(name): images / name for name in os.listdir(images)}
+        files = in_one_unicode({name: images / name for name in os.listdir(images)}, images)
     for number, ref in enumerate(refs):
         with record_border(f"{folder.name} record {number}", problems):
             # NOTE: a hundred bytes of pickle can hold a list that takes for ever to print
@@ -412,13 +425,13 @@ def read_refer(split, problems, path):
             annotation = annotations[ref["ann_id"]]
             row = rows[annotation["image_id"]]
             name = row["file_name"]
-            if same_unicode(name) not in files:  # nor is anything outside of the folder
+            path = files.get(same_unicode(name))
+            if path is None:  # nor is anything outside of the folder
                 raise InputError(f"image {name!r} is missing in {images}")
             with record_border(f"ref {ref['ref_id']} ({name})"):
                 # RRSIS-D writes categories_id
                 kind = annotation.get("category_id", annotation.get("categories_id"))
                 phrases = [sentence["raw"] for sentence in ref["sentences"]]
-                path = files[same_unicode(name)]
                 record = path, phrases, categories[kind]["name"], ref["ref_id"]
                 size = row.get("height"), row.get("width")
                 add_sample(samples, *record, ref["split"], annotation["segmentation"], size=size)
@@ -430,7 +443,7 @@ def files_in(folder):
     no name in a record can point outside of the folder."""
     names = sorted(os.listdir(folder), reverse=True)  # of 1.jpg and 1.png the first is kept
     names = [name for name in names if name[0] != "."]  # macOS writes ._1.jpg
-    return {SUFFIX.sub("", same_unicode(name)): folder / name for name in names}
+    return in_one_unicode({SUFFIX.sub("", name): folder / name for name in names}, folder)
 
 
 def find_file(files, name, folder):
@@ -580,6 +593,7 @@ def load_samples(option, data_root, split=None, problems=None):
     for name in names:
         if set_key(name) not in sets:
             found = ", ".join(sorted(sets)) or "no set"
+            found += f" in one of the layouts {', '.join(LAYOUTS)}"
             raise InputError(f"--option {name}: no such set in --data_root {data_root} ({found})")
         folder, layout, splits = sets[set_key(name)]
         read, parts = LAYOUTS[layout]
@@ -1158,6 +1172,13 @@ class PromptSampler(Iterator):
 # ------------------------------------------------------------------------- batches
 
 
+def think_opening(processor):
+    """ "<think>" where the chat template opens it, for a model that always reasons; else nothing. A
+    completion goes on from there, so its whole text is this and the completion."""
+    chat = sampler.chat_texts(processor, [""])[0]
+    return "<think>" if chat.count("<think>") > chat.count("</think>") else ""
+
+
 def collate(processor, images, prompts, answers=None):
     """Images (B), prompt texts (B) and, for training, answer texts (B) -> model inputs. `labels` is
     -100 except on the answer's tokens and its end-of-sequence token. The answer is tokenised on its
@@ -1166,9 +1187,9 @@ def collate(processor, images, prompts, answers=None):
     batch = sampler.encode(processor, images, chats)
     if answers is None:
         return batch
-    if chats[0].rstrip().endswith("<think>"):  # the template of a model that always reasons
-        answers = [f"<think></think>{a}" if a[:7] != "<think>" else a for a in answers]
-        answers = [answer.removeprefix("<think>") for answer in answers]
+    if opening := think_opening(processor):
+        answers = [a if a.startswith(opening) else f"{opening}</think>{a}" for a in answers]
+        answers = [answer.removeprefix(opening) for answer in answers]
     tokenizer = processor.tokenizer
     rows, labels = [], []
     for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], answers, strict=True):

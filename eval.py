@@ -27,6 +27,7 @@ with a box and two points. The list may be empty.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import time
@@ -43,7 +44,7 @@ from tqdm import tqdm
 
 import data
 import sampler
-from sampler import InputError, number
+from sampler import InputError, error_border, number
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 SCALES = {"small": "< 1 %", "medium": "1-5 %", "large": "> 5 %"}
@@ -166,7 +167,9 @@ def generate_answers(model, processor, prefix, asked, prompts, max_new_tokens, a
     else:
         images = [prefix.images[i] for i in asked]
         cache = sampler.prefill(model, data.collate(processor, images, prompts))
-    return sampler.generate(model, processor, cache, max_new_tokens, args.temperature)
+    answers = sampler.generate(model, processor, cache, max_new_tokens, args.temperature)
+    opening = data.think_opening(processor)
+    return [(opening + text, np.pad(probs, (len(opening), 0))) for text, probs in answers]
 
 
 def predict_boxes(model, processor, prefix, phrases, args):
@@ -558,15 +561,16 @@ def evaluate_set(args, folder, samples, n_skipped, model, processor, segmenter):
 # ------------------------------------------------------------------------- pictures and tables
 
 
-def draw_overlay(image, row, caption, theta, mask, truth=None, side=512):
+def draw_overlay(image, row, caption, theta, mask, truth=None):
     """The image, and beside it the answer: mask in cyan, truth outlined in yellow, box in white,
     points green for 1 and red for 0, small where the model's doubt dropped them."""
-    zoom = max(1, round(side / max(image.size)))
-    size = (image.width * zoom, image.height * zoom)
-    enlarge = lambda m: np.asarray(Image.fromarray(m).resize(size, Image.NEAREST))
-    pixels = np.array(data.paint_mask(image.resize(size), enlarge(mask), 2))
+    longest = max(image.size)
+    zoom = max(1, round(512 / longest)) if longest <= 1024 else 1024 / longest
+    size = tuple(math.ceil(side * zoom) for side in image.size)
+    resize = lambda m: np.asarray(Image.fromarray(m).resize(size, Image.NEAREST))
+    pixels = np.array(data.paint_mask(image.resize(size), resize(mask), 2))
     if truth is not None:
-        pixels[data.outline(enlarge(truth), 2)] = (255, 220, 0)
+        pixels[data.outline(resize(truth), 2)] = (255, 220, 0)
     picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture)
     for box in row["box_px"]:
@@ -671,7 +675,8 @@ def main(args):
     model, processor = sampler.load_policy(path, args.device) if needs_model else (None, None)
     segmenter = sampler.Segmenter(args.sam_ckpt, args.device, args.multimask)
     folder = Path(args.log_dir) / args.version_name
-    folder.mkdir(parents=True, exist_ok=True)
+    with error_border(f"cannot write to {folder}", "set --log_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         print(f"model: {path if needs_model else 'none (the truth)'}\nSAM: {args.sam_ckpt}")
         data.warn_about_prompts(path, args.prompts)

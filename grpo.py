@@ -149,9 +149,9 @@ def fill_own_defaults(args):
 
 BODY = "(?:(?!</?think>|</?answer>).)+"
 ANSWER = rf"\s*<answer>{BODY}</answer>\s*"
-# some chat templates open <think> themselves: it is not in the completion then
-NO_THINK_FORMAT = re.compile(rf"(\s*</think>)?{ANSWER}", re.DOTALL)
-THINK_FORMAT = re.compile(rf"\s*(<think>)?{BODY}</think>{ANSWER}", re.DOTALL)
+# a model whose chat template always opens <think> must close it
+NO_THINK_FORMAT = re.compile(rf"(<think>\s*</think>)?{ANSWER}", re.DOTALL)
+THINK_FORMAT = re.compile(rf"\s*<think>{BODY}</think>{ANSWER}", re.DOTALL)
 
 
 def says_nothing(answer):
@@ -324,7 +324,8 @@ def sample(model, processor, prompts, args, averages):
     tokenizer, ends = processor.tokenizer, sampler.end_ids(model, processor)
     rows = [row[kept].tolist() for row, kept in zip(ids, mask)]
     truncated = torch.tensor([row[-1] not in ends for row in rows])
-    texts = [tokenizer.decode(row if cut else row[:-1]) for row, cut in zip(rows, truncated)]
+    rows = [row if cut else row[:-1] for row, cut in zip(rows, truncated)]
+    texts = [data.think_opening(processor) + tokenizer.decode(row) for row in rows]
     averages.add("length", mask.sum(), len(rows))
     averages.add("truncated", truncated.sum(), len(rows))
     averages.add("prompt_tokens", inputs["attention_mask"].sum())

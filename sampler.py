@@ -146,15 +146,19 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     with error_border(f"no model at {path}", expected):
         safe = {"trust_remote_code": False}  # else transformers asks, and waits for an answer
         processor = AutoProcessor.from_pretrained(path, **safe)
-        safe["use_safetensors"] = True
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **safe)
+        safe |= {"use_safetensors": True, "output_loading_info": True}
+        model_class = AutoModelForImageTextToText
+        model, loading = model_class.from_pretrained(path, dtype=dtype, **safe)
+        if loading["missing_keys"]:  # transformers draws them at random
+            raise LookupError(f"it has no {min(loading['missing_keys'])}")
     if model.config.model_type == "llava":
         disable_center_crop(model, processor)
     model = model.to(device).eval()
     expected = "expected a Qwen-VL, InternVL or LLaVA model with an image token and a chat template"
     with error_border(f"{path} is a {model.config.model_type} that cannot be used", expected):
         tokenizer = processor.tokenizer
-        ends = [tokenizer.eos_token, *map(tokenizer.decode, end_ids(model, processor))]
+        ends = [tokenizer.eos_token] if tokenizer.eos_token else []
+        ends += map(tokenizer.decode, end_ids(model, processor))
         in_chats = [end for end in ends if end in str(processor.chat_template)]
         tokenizer.eos_token = (in_chats or ends)[0]  # SFT teaches it
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -245,8 +249,10 @@ def chat_texts(processor, prompts):
 
 def encode(processor, images, texts):
     """Images (B), chat texts (B) -> model inputs, padded on the left, as generation needs it."""
-    padding = {"padding": True, "padding_side": "left"}
-    batch = processor(images=images, text=texts, return_tensors="pt", **padding)
+    start = processor.tokenizer.bos_token  # the template or the tokenizer writes it, not both
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    options["add_special_tokens"] = not (start and texts[0].startswith(start))
+    batch = processor(images=images, text=texts, **options)
     batch.pop("batch_num_images", None)  # LLaVA-OneVision: 1 each, which is its default
     if "mm_token_type_ids" not in batch:  # Qwen-VL models come with it: 1 on image tokens
         batch["mm_token_type_ids"] = (batch["input_ids"] == processor.image_token_id).long()
@@ -884,7 +890,7 @@ class HubPredictor:
             model_class = getattr(transformers, f"{kind}Model")
             model, loading = model_class.from_pretrained(path, dtype=torch.float32, **options)
             if loading["missing_keys"]:
-                raise LookupError(f"it has no {sorted(loading['missing_keys'])[0]}")
+                raise LookupError(f"it has no {min(loading['missing_keys'])}")
         self.model, self.device = model.to(device).eval().requires_grad_(False), device
         self.transform = self
 
@@ -1005,9 +1011,10 @@ class InputError(ValueError):
 
 
 def one_line(error):
-    """What an error says, on one line of at most 300 characters."""
-    text = "".join(c if c.isprintable() else " " for c in str(error)).split()
-    return " ".join(text)[:300] or type(error).__name__
+    """What an error says, on one line: of much text the first sentence."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    text = text if len(text) <= 300 else text.split(". ")[0]
+    return text[:300] or type(error).__name__
 
 
 @contextmanager
@@ -1028,11 +1035,14 @@ def join_processes(device, backend=None):
     found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     remedy = "start it with torchrun, or unset WORLD_SIZE and RANK for a single process"
     with error_border(f"the processes cannot join ({found})", remedy):
-        rank, world, local_rank = (int(value or 0) for value in found.values())
+        world, rank, local_rank = int(found["WORLD_SIZE"] or 1), 0, 0
         if world > 1:
+            rank, local_rank = int(found["RANK"]), int(found["LOCAL_RANK"])
             backend = backend or ("nccl" if device == "cuda" else "gloo")
+            store, *_ = next(dist.rendezvous("env://", rank, world, timeout=timedelta(minutes=5)))
             # process 0 may be saving or drawing for long, while the others wait
-            dist.init_process_group(backend, timeout=timedelta(hours=3))
+            options = {"rank": rank, "world_size": world, "timeout": timedelta(hours=3)}
+            dist.init_process_group(backend, store=store, **options)
     device = f"cuda:{local_rank}" if device == "cuda" else device
     return rank, max(world, 1), local_rank, device
 

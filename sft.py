@@ -427,6 +427,10 @@ class Run:
                 f"val, {name:<8}: box IoU {old['box_iou']:.3f} -> {new['box_iou']:.3f}, "
                 f"point accuracy {old['point_acc']:.3f} -> {new['point_acc']:.3f}"
             )
+        if not data.is_demo(self.args.option) or self.args.prompts == "sam":
+            names = ",".join(data.parse_option(self.args.option))
+            flags += f" --option {names} --data_root {self.args.data_root}"
+            flags += f" --prompts {self.args.prompts}"
         command = f"python eval.py{flags} --eval_model_path {self.folder}"
         self.print0(f"written: {self.folder}. Next: {command}")
         self.barrier()

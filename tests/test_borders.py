@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, python, serve
+from families import small_policy
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_data import refer_set
 
 import data
@@ -156,11 +158,11 @@ def palette_image(index_0, index_1):
 
 
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
-def test_a_mask_is_what_is_not_black(tmp_path):
+def test_a_mask_is_what_is_not_0_in_the_first_channel_or_as_index(tmp_path):
     small, solid = MASK.astype(np.uint8), np.full_like(MASK, 255, np.uint8)
     images = [Image.fromarray(MASK[..., 0]), palette_image((0, 0, 0), (128, 0, 0))]
     images += [Image.fromarray(value * small[..., 0]) for value in (1, 7, 255)]
-    for bands in ([small, solid], [0 * small, 9 * small, small], [255 * small] * 4):
+    for bands in ([small, solid], [small, solid, solid], [255 * small] * 4):
         images.append(Image.fromarray(np.concatenate(bands, -1)))
     for image in images:
         for kind in ("PNG", "TIFF"):
@@ -176,9 +178,9 @@ def test_a_mask_is_what_is_not_black(tmp_path):
 BYTES = MASK.astype(np.uint8)
 ODD_MASKS = {
     "classes": (BYTES + BYTES * (PIXELS[..., 1:2] > 100), {}, "more than two values"),
-    "no 0": (BYTES + 1, {}, r"colours \[\[1\], \[2\]\] without black"),
+    "no 0": (BYTES + 1, {}, r"values \[1, 2\]"),
     "smooth edges": (PIXELS[..., :1], {}, "more than two values"),
-    "red on green": (BYTES * np.array([9, 0, 0], np.uint8) + np.uint8([0, 9, 0]), {}, "colours"),
+    "green on black": (BYTES * np.array([0, 9, 0], np.uint8), {}, r"values \[0, 0\]"),
     "transparent": (np.concatenate([BYTES, 1 - BYTES], 2), {}, "target that is transparent"),
     "unknown pixels": (BYTES * 255, {"t42113": b"255\0"}, "255 means that the value is missing"),
     "inverted": (BYTES * 255, {"t262": [0]}, "unusual colours"),
@@ -200,7 +202,9 @@ def test_a_mask_that_might_be_misread_is_refused(tmp_path, name):
 )
 def test_a_mask_with_loss_or_in_an_unsafe_format_is_refused(tmp_path, kind, options):
     Image.fromarray(BYTES[..., 0] * 255).save(tmp_path / "x", kind, **options)
-    with pytest.raises(InputError, match="expected PNG, TIFF, |compressed with loss"):
+    with pytest.raises(
+        InputError, match="expected a PNG or a TIFF without loss|compressed with loss"
+    ):
         data.open_mask(tmp_path / "x")
 
 
@@ -274,6 +278,26 @@ def test_a_file_is_found_in_whichever_form_its_name_is_written(tmp_path, listed,
     (root / "output_phrase_test.txt").write_text(f"{listed}.png a ship")
     (sample,) = data.load_samples("refsegrs", root)
     assert (sample.mask == MASK[..., 0]).all() and sample.image().size == (9, 6)
+    for folder, option in ((images, "tiny"), (root / "images", "refsegrs")):
+        shutil.copy(next(folder.glob("ch*")), folder / f"{listed}.jpg")
+        with pytest.raises(InputError, match="two names that differ in their form of Unicode"):
+            data.load_samples(option, root if option == "refsegrs" else tmp_path / "refer")
+
+
+def test_a_mask_that_lies_across_its_image_is_refused(tmp_path):
+    refer_set(tmp_path, segmentation=[data.encode_rle(np.ones((10, 8), bool))])
+    (sample,) = data.load_samples("tiny", tmp_path)
+    Image.new("RGB", (10, 8)).save(sample.image_path)
+    assert sample.mask.shape == (10, 8)
+    with pytest.raises(InputError, match="its mask is 8 x 10, its image 10 x 8"):
+        sample.image()
+
+
+def test_rings_in_a_ring_are_no_polygon():
+    ring = [0, 0, 4, 0, 4, 4, 0, 4]
+    assert data.decode_segmentation([ring, ring], 8, 8).sum() == 16
+    with pytest.raises(InputError, match="a polygon, expected"):
+        data.decode_segmentation([[[ring], [ring]]], 8, 8)
 
 
 # ------------------------------------------------------------------------- model folders
@@ -310,7 +334,7 @@ def test_an_answer_ends_where_any_config_says_and_sft_teaches_the_end_of_the_cha
     assert sampler.end_ids(model, processor) == sorted({389, *named})
 
 
-@pytest.mark.parametrize("opening", ["<think>", "<think>\n", "\n<think>\n\n"])
+@pytest.mark.parametrize("opening", ["<think>", "<think>\n", "\n<think>\n\n", "<think>I see. "])
 def test_a_template_that_opens_the_reasoning_is_completed_by_the_answer(folder, opening):
     path, header = folder / "chat_template.jinja", "<|im_start|>assistant\n"
     template = path.read_text()
@@ -324,9 +348,10 @@ def test_a_template_that_opens_the_reasoning_is_completed_by_the_answer(folder, 
         taught = processor.tokenizer.decode(batch["labels"][batch["labels"] != -100])
         assert taught == f"{expected}<answer>[1,2,3,4]</answer><|im_end|>"
         question = data.Prompt(None, prompt, answer, "box", None, (1000, 1000))
-        completion = taught.removesuffix("<|im_end|>")
+        completion = data.think_opening(processor) + taught.removesuffix("<|im_end|>")
         assert grpo.format_reward(completion, question) == 1
         assert grpo.format_reward(f"{completion}{completion}", question) == 0
+        assert grpo.format_reward(completion.removeprefix("<think>"), question) == 0
         assert data.parse_boxes(completion) == [(1, 2, 3, 4)]
 
 
@@ -336,6 +361,28 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end(folder):
     batch = data.collate(processor, [Image.new("RGB", (64, 64))] * 2, ["a", "a longer text"])
     assert processor.tokenizer.pad_token == processor.tokenizer.eos_token
     assert batch["attention_mask"].sum(1).diff() > 0
+
+
+@pytest.mark.parametrize("kind", ["a layer", "other names"])
+def test_a_folder_that_lacks_weights_is_refused(folder, kind):
+    state = load_file(folder / "model.safetensors")
+    if kind == "a layer":
+        state = {name: value for name, value in state.items() if "layers.1.mlp" not in name}
+    else:  # as torch's DistributedDataParallel writes them
+        state = {f"module.{name}": value for name, value in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"no model at .*\(it has no "):
+        sampler.load_policy(folder)
+
+
+@pytest.mark.parametrize("in_template", [False, True])
+def test_a_prompt_begins_with_one_token_for_that(in_template):
+    model, processor = small_policy("LlavaNext")  # its tokenizer writes <|im_start|> first
+    processor.tokenizer.bos_token = start = "<|im_start|>"
+    processor.chat_template = start * in_template + processor.chat_template
+    batch = data.collate(processor, [Image.new("RGB", (64, 64))] * 2, ["a", "a ship"])
+    ids = batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist()
+    assert ids.count(processor.tokenizer.bos_token_id) == 1 and ids[0] == 388
 
 
 @pytest.mark.parametrize("file", ["config.json", "processor_config.json"])
@@ -475,7 +522,10 @@ def test_a_data_worker_that_fails_ends_training_in_one_line(
     [
         ({"WORLD_SIZE": "2", "RANK": "0"}, "'WORLD_SIZE': '2'"),
         ({"WORLD_SIZE": "two"}, "'WORLD_SIZE': 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "9"}, "'2'"),
         ({"WORLD_SIZE": "", "RANK": ""}, None),
+        ({"RANK": "3"}, None),
+        ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "1"}, None),
     ],
 )
 def test_an_environment_that_is_not_torchruns_is_one_line(monkeypatch, change, found):
