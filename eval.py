@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import data
 import sampler
-from sampler import InputError, error_border, number
+from sampler import InputError, number
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 SCALES = {"small": "< 1 %", "medium": "1-5 %", "large": "> 5 %"}
@@ -675,8 +675,9 @@ def main(args):
     model, processor = sampler.load_policy(path, args.device) if needs_model else (None, None)
     segmenter = sampler.Segmenter(args.sam_ckpt, args.device, args.multimask)
     folder = Path(args.log_dir) / args.version_name
-    with error_border(f"cannot write to {folder}", "set --log_dir"):
-        folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        main.lock = sampler.lock_folder(folder)  # as long as this process lives
+    folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         print(f"model: {path if needs_model else 'none (the truth)'}\nSAM: {args.sam_ckpt}")
         data.warn_about_prompts(path, args.prompts)

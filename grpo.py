@@ -509,7 +509,7 @@ def main(args):
             for r in rollouts:
                 logp = score(model, r, args, averages, scoring_threads if inner == 0 else threads)
                 if inner == 0:  # the weights have not changed since sampling
-                    r.old_logp = r.ref_logp = logp.detach()
+                    r.old_logp = r.ref_logp = logp.detach()  # no reference: d = 0
                     gap = (r.old_logp - r.rollout_logp).abs() * r.mask
                     averages.add("rollout_gap", gap.sum(), r.mask.sum())
                 if inner == 0 and reference:

@@ -71,7 +71,10 @@ def require(condition, line):
 
 def reference_token():
     """REF_TOKEN, without the line end that it may have from the file or secret it came from."""
-    return os.environ.get("REF_TOKEN", "").strip()
+    token = os.environ.get("REF_TOKEN", "").strip()
+    if not token.isprintable():
+        raise InputError("REF_TOKEN holds a line end or another character that no header may have")
+    return token
 
 
 def model_identity(model, processor, path):

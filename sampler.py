@@ -140,6 +140,9 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
         model, processor = load_policy(base, "cpu", dtype)  # merging on the CPU gives the same bits
         if expected not in (None, fingerprint(model, processor, torch.bfloat16)):
             raise InputError(f"{path} is an adapter of another model than the one in {base} now")
+        template = adapters[0] / "chat_template.jinja"
+        if template.is_file() and template.read_text() != processor.chat_template:
+            raise InputError(f"{template} is not the one of {base}: merge the adapter with PEFT")
         merge_adapter(model, adapters[0])
         return model.to(device), processor
     expected = "expected a Hugging Face folder (config.json, *.safetensors) or a hub name"
@@ -252,7 +255,7 @@ def encode(processor, images, texts):
     start = processor.tokenizer.bos_token  # the template or the tokenizer writes it, not both
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     options["add_special_tokens"] = not (start and texts[0].startswith(start))
-    batch = processor(images=images, text=texts, **options)
+    batch = processor(images=[[image] for image in images], text=texts, **options)
     batch.pop("batch_num_images", None)  # LLaVA-OneVision: 1 each, which is its default
     if "mm_token_type_ids" not in batch:  # Qwen-VL models come with it: 1 on image tokens
         batch["mm_token_type_ids"] = (batch["input_ids"] == processor.image_token_id).long()
@@ -635,8 +638,8 @@ def shares_prefix(model):
 def check_sharing(model, processor):
     """Set model.can_share: whether log-probs in a shared row, and of a prompt that continues from
     its image, are those of rows of their own. A layer of an unknown kind may mix completions.
-    LookupError if even without sharing a prompt out of a batch has other log-probs than alone, or a
-    token other ones when it is sampled than when it is scored.
+    LookupError if even without sharing they are not those of the model's own forward pass, alone
+    and in a batch, or if a token has other ones when it is sampled than when it is scored.
     """
     config, language = model.config.get_text_config(), language_model(model)
     implementation = language.config._attn_implementation
@@ -646,6 +649,8 @@ def check_sharing(model, processor):
     prompt = to_device(select_prompts(encode(processor, images, texts), [1]), model)
     ids, end = prompt["input_ids"], int(prompt["mm_token_type_ids"][0].nonzero().max()) + 1
     completions = ids[:, -8:].view(2, 4)
+    other = torch.stack([completions[0].flip(0), completions[1]])
+    everywhere = torch.ones_like(completions)
     first = {key: x[:, :end] if x.shape == ids.shape else x for key, x in prompt.items()}
     # with padding in front, as the shorter of two texts has it
     second = {key: F.pad(prompt[key][:, end:], (3, 0)) for key in ("input_ids", "attention_mask")}
@@ -654,7 +659,7 @@ def check_sharing(model, processor):
         prefix = prefill(model, first)
         prefix = extend(model, prefix, [0], second) if second else prefix
         after = model.lm_head(prefix.last_hidden).float().log_softmax(-1)  # (1, V)
-        scored = completion_logps(model, prompt, completions, torch.ones_like(completions))
+        scored = completion_logps(model, prompt, completions, everywhere)
         *sampled, logp = decode(model, processor, prefix, 2, 3, temperature=0)
         return after, scored, logp - completion_logps(model, prompt, *sampled)
 
@@ -665,14 +670,18 @@ def check_sharing(model, processor):
 
     with merged_inference(model):
         model.can_share = False
-        right = *log_probs(alone, alone)[:2], torch.zeros(2, 1, device=model.device)
+        own = model(**to_device(alone, model)).logits[:, -1].float().log_softmax(-1)
+        right = own, log_probs(alone, alone)[1], torch.zeros(2, 1, device=model.device)
         if not are_right(log_probs(prompt, prompt)):
-            raise LookupError("a token's log-probs depend on its batch, or on sampling")
+            raise LookupError("a token's log-probs depend on how they are computed")
         # no state (Qwen3.5), no window: it may be longer than this prompt
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds == {"full_attention"} and not getattr(config, "sliding_window", None):
             model.can_share = True
-            model.can_share = are_right(log_probs(prompt, first, second))
+            found = log_probs(prompt, first, second)
+            changed = completion_logps(model, prompt, other, everywhere)  # the first of the two
+            leak = (changed - found[1])[1].abs().mean()
+            model.can_share = are_right(found) and bool(leak < 0.005 * right[0].std())
     if not model.can_share:
         language.set_attn_implementation(implementation)
 
@@ -797,12 +806,18 @@ def read_adapter_config(folder):
 def merge_adapter(model, folder):
     """Add an adapter's updates to the model's weights and load its mergers, in place."""
     config, path = read_adapter_config(folder), Path(folder) / "adapter_model.safetensors"
-    with error_border(f"{path} does not fit its base model", "was it trained on another one?"):
+    remedy = "was it trained on another one, or by an old PEFT? merge it with PEFT first"
+    with error_border(f"{path} does not fit its base model", remedy):
         state = load_file(path)
         state = {name.removeprefix("base_model.model."): value for name, value in state.items()}
+        is_tied = model.lm_head.weight is model.get_input_embeddings().weight
+        if not state or (is_tied and any(re.search("lm_head|embed_tokens", n) for n in state)):
+            raise LookupError("it is empty, or has one of two layers that the base model ties")
         for name in [name for name in state if name.endswith(".lora_A.weight")]:
             layer = name.removesuffix(".lora_A.weight")
             weight = model.get_submodule(layer).weight
+            if len(state[name]) != config["r"]:
+                raise LookupError(f"{name} has another rank than its config")
             update = state.pop(f"{layer}.lora_B.weight").float() @ state.pop(name).float()
             weight.copy_(weight.float() + config["lora_alpha"] / config["r"] * update)
         _, unexpected = model.load_state_dict(state, strict=False)
@@ -1052,6 +1067,24 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def lock_folder(folder):
+    """A file, open and locked; InputError if another process has locked it to write to `folder`.
+    The lock ends with the process."""
+    with error_border(f"cannot write to {folder}", "set --log_dir"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = open(f"{folder}.lock", "w")
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        message = f"another run is writing to {folder}: wait, or give a --version_name"
+        raise InputError(message) from None
+    except (ImportError, OSError):
+        pass  # a file system without locks
+    return file
+
+
 def number(kind, low, high=math.inf):
     """A type for argparse: an int or float from `low` to `high`."""
 
@@ -1089,7 +1122,8 @@ class Console:
 def run_script(main, get_args):
     """Run main(get_args()). An error ends it with one line. The traceback of an error that nobody
     foresaw goes to a file, and the line names the file."""
-    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
+    streams = sys.stdout, sys.stderr  # None where a shell has closed it
+    sys.stdout, sys.stderr = (Console(s or open(os.devnull, "w")) for s in streams)
     try:
         main(get_args())
     except KeyboardInterrupt:

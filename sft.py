@@ -199,22 +199,7 @@ class Run:
         self.done, self.skipped, self.skipped_in_a_row = 0, 0, 0  # updates
         self.signal = 0  # the number of the signal that came, if any
         if self.rank == 0:
-            self.lock()
-
-    def lock(self):
-        """InputError if another run writes to this folder. The lock ends with the process."""
-        with error_border(f"cannot write to {self.folder}", "set --log_dir"):
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.lock_file = open(f"{self.folder}.lock", "w")
-        try:
-            import fcntl  # not on Windows
-
-            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            message = f"another run is writing to {self.folder}: wait, or give a --version_name"
-            raise InputError(message) from None
-        except (ImportError, OSError):
-            pass  # a file system without locks
+            self.lock = sampler.lock_folder(self.folder)
 
     def catch_signals(self):
         """From now on, let the loop finish its update. A Ctrl-C after that ends it at once."""

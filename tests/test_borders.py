@@ -129,7 +129,7 @@ def test_an_image_of_an_unusual_mode_is_refused(tmp_path, mode, kind):
 
 def test_pages_are_refused_but_not_the_preview_of_a_photo(tmp_path):
     options = {"save_all": True, "append_images": [Image.fromarray(PIXELS)]}
-    for kind in ("TIFF", "GIF"):
+    for kind in ("TIFF", "GIF", "PNG", "WEBP"):
         Image.fromarray(255 - PIXELS).save(tmp_path / "x", kind, **options)
         with pytest.raises(InputError, match="unusual number of pictures"):
             data.open_image(tmp_path / "x")
@@ -183,6 +183,7 @@ ODD_MASKS = {
     "green on black": (BYTES * np.array([0, 9, 0], np.uint8), {}, r"values \[0, 0\]"),
     "transparent": (np.concatenate([BYTES, 1 - BYTES], 2), {}, "target that is transparent"),
     "unknown pixels": (BYTES * 255, {"t42113": b"255\0"}, "255 means that the value is missing"),
+    "unknown target": (BYTES, {"t42113": b"1 \0"}, "1 means that the value is missing"),
     "inverted": (BYTES * 255, {"t262": [0]}, "unusual colours"),
     "16 bits": (BYTES.astype(np.uint16) * 256, {}, "unusual bits"),
     "turned": (BYTES, {"t274": [8]}, "unusual orientation"),
@@ -198,7 +199,13 @@ def test_a_mask_that_might_be_misread_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "kind, options", [("JPEG", {}), ("WEBP", {}), ("BMP", {}), ("TIFF", {"compression": "jpeg"})]
+    "kind, options",
+    [
+        ("JPEG", {}),
+        ("WEBP", {}),
+        ("BMP", {}),
+        *[("TIFF", {"compression": c}) for c in ("jpeg", "webp")],
+    ],
 )
 def test_a_mask_with_loss_or_in_an_unsafe_format_is_refused(tmp_path, kind, options):
     Image.fromarray(BYTES[..., 0] * 255).save(tmp_path / "x", kind, **options)
@@ -547,6 +554,18 @@ def test_out_of_memory_on_a_gpu_is_one_line_with_remedies():
 
     with pytest.raises(SystemExit, match="^error: not enough memory .*--batch_size.*checkpointing"):
         sampler.run_script(main, lambda: None)
+
+
+def test_streams_that_a_shell_has_closed_do_not_end_a_run(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    sampler.run_script(lambda _: print("nobody reads this"), lambda: None)
+
+
+def test_a_token_that_no_header_can_hold_is_named(monkeypatch):
+    monkeypatch.setenv("REF_TOKEN", "two\nlines\n")
+    with pytest.raises(InputError, match="REF_TOKEN holds a line end"):
+        ref_server.reference_token()
 
 
 def test_a_reference_serves_and_is_asked_on_ipv6(tiny):

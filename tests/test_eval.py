@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,6 +17,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import sampler
+from sampler import InputError
 
 
 def test_metrics_equal_a_few_lines_of_numpy_with_failures_empty_masks_and_any_shape():
@@ -260,3 +263,17 @@ def test_several_sets_have_a_folder_each_and_one_table(small_set, tmp_path, caps
         metrics = json.loads((tmp_path / "eval" / name / "metrics.json").read_text())
         assert metrics["protocol"]["option"] == name
         assert row[:3] == [name, str(metrics["n"]), f"{metrics['miou']:.3f}"]
+
+
+def test_a_second_evaluation_into_the_same_folder_is_refused(small_set, tmp_path):
+    """It would move the answers that the first one is writing."""
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    hold += "print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "eval.lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        other.stdout.readline()
+        options = ["--data_root", str(small_set), "--log_dir", str(tmp_path), "--oracle", "points"]
+        with pytest.raises(InputError, match="another run is writing to .*eval"):
+            evaluation.main(evaluation.get_args(options))
+        other.stdin.close()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import SHARED
 from families import QWEN, TILED, saved_policy, small_policy
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import data
@@ -216,6 +218,23 @@ def test_models_that_cannot_share_a_row_are_found_out(kind, dtype):
     assert model.can_share == (kind != "Qwen3_5")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_leak_is_found_without_the_names_of_layers(dtype, monkeypatch):
+    model, processor = small_policy("Qwen3_5")
+    config = SimpleNamespace(sliding_window=None)
+    monkeypatch.setattr(type(model.config), "get_text_config", lambda *_: config)
+    sampler.check_sharing(model.to(dtype), processor)
+    assert not model.can_share
+
+
+def test_a_model_that_changes_its_logits_is_refused():
+    model, processor = small_policy("Llava")
+    forward = model.forward
+    model.forward = lambda **inputs: SimpleNamespace(logits=forward(**inputs).logits / 8)
+    with pytest.raises(LookupError, match="log-probs depend on how they"):
+        sampler.check_sharing(model, processor)
+
+
 def add_mean(module, args, output):
     """A layer that nobody has heard of: each token also sees the mean of those before it."""
     counts = torch.arange(1, output.shape[1] + 1)[:, None]
@@ -240,9 +259,9 @@ def test_a_model_of_an_unknown_kind_is_refused_or_computed_the_plain_way(flaw):
     elif flaw == "positions":
         language.register_forward_pre_hook(forget_positions, with_kwargs=True)
     else:
-        language.config.sliding_window = 8
+        language.config.sliding_window = 4096  # longer than the prompt that is tried
     if flaw in hooks:  # the mean sees padding, too: wrong in any batch
-        with pytest.raises(LookupError, match="depend on its batch, or on sampling"):
+        with pytest.raises(LookupError, match="log-probs depend on how they"):
             sampler.check_sharing(model, processor)
         return
     sampler.check_sharing(model, processor)
@@ -525,13 +544,26 @@ def test_an_adapter_that_would_be_misread_is_refused(tmp_path):
     sampler.save_adapter(adapt(sampler.load_policy()[0]), tmp_path, sampler.TINY_VLM)
     path = tmp_path / sampler.ADAPTER_CONFIG
     config = path.read_text()
-    for change in ({"use_rslora": True}, {"alpha_pattern": {"q_proj": 64}}):
+    changes = {"use_rslora": True}, {"alpha_pattern": {"q_proj": 64}}, {"revision": "v2"}
+    for change in changes:
         path.write_text(json.dumps({**json.loads(config), **change}))
         with pytest.raises(InputError, match=next(iter(change))):
             sampler.load_policy(tmp_path)
     path.write_text(config)
     with pytest.raises(InputError, match="does not fit its base model"):
         sampler.merge_adapter(small_policy("Llava")[0], tmp_path)
+    path.write_text(json.dumps({**json.loads(config), "r": 5}))
+    with pytest.raises(InputError, match="another rank than its config"):
+        sampler.load_policy(tmp_path)
+    path.write_text(config)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(InputError, match="chat_template.jinja is not the one of"):
+        sampler.load_policy(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    for state in ({}, {"base_model.model.lm_head.weight": torch.zeros(2, 2)}):
+        save_file(state, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(InputError, match="it is empty, or has one of two layers"):
+            sampler.load_policy(tmp_path)
 
 
 # ------------------------------------------------------------------------- SAM
