@@ -199,13 +199,7 @@ def test_a_mask_that_might_be_misread_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "kind, options",
-    [
-        ("JPEG", {}),
-        ("WEBP", {}),
-        ("BMP", {}),
-        *[("TIFF", {"compression": c}) for c in ("jpeg", "webp")],
-    ],
+    "kind, options", [("JPEG", {}), ("WEBP", {}), ("BMP", {}), ("TIFF", {"compression": "jpeg"})]
 )
 def test_a_mask_with_loss_or_in_an_unsafe_format_is_refused(tmp_path, kind, options):
     Image.fromarray(BYTES[..., 0] * 255).save(tmp_path / "x", kind, **options)
