@@ -48,7 +48,6 @@ import argparse
 import math
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,16 +66,21 @@ from sft import Run, add_common_flags, fill_defaults
 # (the recipe for an 8 B model, the demo)
 DEFAULTS = dict(
     lr=(1e-5, 1e-3),
-    batch_size=(2, 16),
-    accumulate=(4, 1),
+    batch_size=(1, 16),
+    accumulate=(8, 1),
     max_step=(0, 110),
     think_ratio=(0.5, 0.7),
     max_new_tokens=(256, 112),
     save_step=(100, 10),
     val_limit=(200, 100),
-    val_batch_size=(8, 64),
+    val_batch_size=(32, 64),
+    gradient_checkpointing=(True, False),
 )
 REWARDS = ("box", "point", "mask", "json", "format")
+REFERENCE_HELP = (
+    "who scores for the penalty: a server, or (faster on GPUs, for LoRA only) the policy itself "
+    "without its updates, to the same bits"
+)
 URL = re.compile(r"http://([\w.-]+|\[[\da-fA-F:.]+\]):[0-9]{1,5}/?")
 
 
@@ -111,6 +115,7 @@ def get_args(argv=None):
     add("--epochs", type=above, default=1, help="passes over the split, where --max_step is 0")
     add("--val_limit", type=number(int, 0), help="validation samples; 0: none")
     # the reference
+    add("--reference", choices=["server", "policy"], default="server", help=REFERENCE_HELP)
     add("--ref_url", help="server(s), comma-separated; default: start one on every machine")
     add("--ref_patience", type=above, default=300, help="seconds to wait for it, at any time")
     add("--ref_device", help="device of the server that is started (default: that of local rank 0)")
@@ -124,6 +129,8 @@ def get_args(argv=None):
     drawn = {"box": args.point_ratio < 1, "point": args.point_ratio > 0, "mask": True}
     if args.prompts == "points" and not any(drawn[name] for name in args.reward):
         parser.error("--point_ratio draws no prompt that --reward would judge")
+    if args.reference == "policy" and (args.ref_url or not args.lora_rank):
+        parser.error("--reference policy: with LoRA and without --ref_url")
     if args.ref_url and not all(map(URL.fullmatch, args.ref_url.split(","))):
         parser.error(f"--ref_url {args.ref_url}: expected http://host:port, or several with commas")
     return args
@@ -310,7 +317,7 @@ class Rollout:
     texts: list  # R
     truncated: torch.Tensor  # bool (R,), cut off at max_new_tokens
     adv: torch.Tensor = None  # (R, 1)
-    reference_job: object = None  # of the thread that waits for the reference
+    get_ref_logp: object = None  # a function that waits for the reference
     old_logp: torch.Tensor = None  # (R, C), before the first update on this rollout
     ref_logp: torch.Tensor = None  # (R, C)
 
@@ -368,6 +375,31 @@ def drop_groups(rollout, rewards, adv, args, averages):
     )
 
 
+def split(r, group, size):
+    """A Rollout in micro-batches of `size` prompts, for scoring. Those of like length are together,
+    less the padding that a micro-batch does not need."""
+    prompt_lengths = r.prompt["attention_mask"].sum(1)  # (B,)
+    if len(prompt_lengths) <= size:
+        return [r]
+    lengths = r.mask.sum(1).view(-1, group).amax(1).clamp(min=1).cpu()  # (B,)
+    parts = []
+    for rows in (prompt_lengths + group * lengths).argsort().split(size):
+        prompt, longest = sampler.select_prompts(r.prompt, rows.tolist()), lengths[rows].max()
+        shape, start = prompt["input_ids"].shape, prompt_lengths[rows].max()
+        own = (rows[:, None] * group + torch.arange(group)).flatten()  # (size * G,)
+        parts.append(
+            replace(
+                r,
+                prompt={k: x[:, -start:] if x.shape == shape else x for k, x in prompt.items()},
+                completions=r.completions[own, :longest],
+                mask=r.mask[own, :longest],
+                rollout_logp=r.rollout_logp[own, :longest],
+                adv=r.adv[own],
+            )
+        )
+    return parts
+
+
 def score(model, r, args, averages, threads):
     """log p of a Rollout's completions under the policy as it is now, (R, C), with gradients."""
     usual = torch.get_num_threads()
@@ -382,7 +414,7 @@ def start_reference(args, run):
     """(reference server of this machine or None, threads for scoring). A policy and a reference
     that share a CPU get half of its cores each."""
     threads, device = torch.get_num_threads(), args.ref_device or run.device
-    if not args.beta or args.ref_url:
+    if not args.beta or args.ref_url or args.reference == "policy":
         return None, threads
     if device == run.device == "cpu":
         threads = max(1, threads // 2)
@@ -394,8 +426,8 @@ def start_reference(args, run):
 
 def connect_reference(args, run, child, model, processor):
     """The client of --ref_url, or of the server that this machine's first process started; None
-    without a penalty."""
-    if not args.beta:
+    without a penalty or with --reference policy."""
+    if not args.beta or args.reference == "policy":
         return None
     urls = (args.ref_url or "").split(",")
     if not args.ref_url:
@@ -407,6 +439,24 @@ def connect_reference(args, run, child, model, processor):
     identity = ref_server.model_identity(model, processor, args.model_path)
     run.print0(f"reference: {', '.join(urls)}")
     return ref_server.Reference(urls, identity, run.rank, args.ref_patience, child)
+
+
+class PolicyReference:
+    """For --reference policy: stands in for ref_server.Reference."""
+
+    def __init__(self, model):
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.mergers = {n: p.detach().clone() for n, p in trained if ".lora_" not in n}
+        self.model = model
+
+    def start(self, *tensors):
+        """A function that gives log p_ref; see sampler.completion_logps."""
+
+        def logps():
+            with sampler.without_updates(self.model, self.mergers):
+                return sampler.completion_logps(self.model, *tensors)
+
+        return logps
 
 
 def build_optimizer(trained, args, world):
@@ -456,6 +506,8 @@ def main(args):
     # What is trained. NOTE: no dropout, which would move the ratio off 1 by chance.
     torch.manual_seed(args.seed + run.rank)
     trained = sampler.make_trainable(model, args, dropout=0.0)
+    if args.beta and args.reference == "policy":
+        reference = PolicyReference(model)
     optimizer = build_optimizer(trained, args, run.world)
     per_update = args.batch_size * run.world * args.accumulate
     steps = args.max_step or math.ceil(args.epochs * len(train) / per_update)
@@ -472,7 +524,7 @@ def main(args):
         del saved
 
     run.catch_signals()
-    executor, todo = ThreadPoolExecutor(1), range(run.done + 1, steps + 1)
+    todo = range(run.done + 1, steps + 1)
     bar = tqdm(todo, "GRPO", initial=run.done, total=steps, disable=run.rank > 0)
     for step in bar:
         averages, start, norm = Averages(), time.time(), 0.0
@@ -481,24 +533,21 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        rollouts = []
-        for _ in range(args.accumulate):
-            with averages.clock("seconds_rollout"):
-                # 1. Prompt
-                prompts = [dataset[key] for key in next(order)]  # B, of one task
-                # 2. Sample
-                rollout = sample(model, processor, prompts, args, averages)
-                # 3. Reward
-                rewards = reward_all(rollout, prompts, args, segmenter, averages)  # (B, G)
-                # 4. Advantage
-                adv = advantages(rewards, scale=args.loss != "dr_grpo")  # (B, G)
-                rollout = drop_groups(rollout, rewards, adv, args, averages)
-            if rollout:
-                # 5. Reference: it scores this rollout while the next is sampled
-                tensors = (rollout.prompt, rollout.completions, rollout.mask, args.temperature)
-                if reference:
-                    rollout.reference_job = executor.submit(reference.logps, *tensors)
-                rollouts.append(rollout)
+        with averages.clock("seconds_rollout"):
+            # 1. Prompt
+            keys = [key for _ in range(args.accumulate) for key in next(order)]
+            prompts = [dataset[key] for key in keys]  # B
+            # 2. Sample
+            rollout = sample(model, processor, prompts, args, averages)
+            # 3. Reward
+            rewards = reward_all(rollout, prompts, args, segmenter, averages)  # (B, G)
+            # 4. Advantage
+            adv = advantages(rewards, scale=args.loss != "dr_grpo")  # (B, G)
+            rollout = drop_groups(rollout, rewards, adv, args, averages)
+            rollouts = split(rollout, args.group, args.batch_size) if rollout else []
+        # 5. Reference: a server scores a rollout while the policy scores the one before
+        for r in rollouts if reference else []:
+            r.get_ref_logp = reference.start(r.prompt, r.completions, r.mask, args.temperature)
 
         # all processes have the same two numbers: either all take the update, or none
         completions = sum(r.mask.any(1).sum().item() for r in rollouts)
@@ -514,7 +563,7 @@ def main(args):
                     averages.add("rollout_gap", gap.sum(), r.mask.sum())
                 if inner == 0 and reference:
                     with averages.clock("seconds_reference"):
-                        r.ref_logp = r.reference_job.result().to(logp.device)
+                        r.ref_logp = r.get_ref_logp().to(logp.device)
                 with averages.clock("seconds_update"):
                     # 6. Loss
                     longest = args.max_new_tokens

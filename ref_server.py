@@ -32,6 +32,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException, IncompleteRead, InvalidURL
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -104,13 +105,14 @@ def http_request(url, path, body, headers, timeout):
 
 
 class Reference:
-    """Client of one or more servers, which take turns. Safe to use from a thread."""
+    """Client of one or more servers, which take turns. A thread waits for their answers."""
 
     def __init__(self, urls, identity, turn=0, patience=300, child=None):
         """Wait until every server answers, and make sure that it has the model `identity` (see
         model_identity). turn: which server comes first (the rank). patience: seconds to wait for a
         server, at any time. child: the server's process if we started it."""
         self.urls, self.turn, self.patience, self.child = urls, turn, patience, child
+        self.executor = ThreadPoolExecutor(1)
         self.headers = {"If-Match": f'"{identity["fingerprint"]}"'}
         if token := reference_token():
             self.headers["Authorization"] = f"Bearer {token}".encode()
@@ -125,16 +127,20 @@ class Reference:
                         line = f"the reference at {url} ({found['model']}) has {other}"
                         raise InputError(f"{line}: {self.remedy}")
 
-    def logps(self, prompt, completions, mask, temperature):
-        """log p_ref(completions), float32 (B*G, C): see sampler.completion_logps."""
+    def start(self, prompt, completions, mask, temperature):
+        """Ask for log p_ref(completions), and return a function that waits for it: float32
+        (B*G, C), see sampler.completion_logps."""
         tensors = {**prompt, "completions": completions, "mask": mask}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         tensors["temperature"] = torch.tensor(float(temperature))
+        return self.executor.submit(self.logps, tensors).result
+
+    def logps(self, tensors):
         url, self.turn = self.urls[self.turn % len(self.urls)], self.turn + 1
         content = self.request(url, "/logps", save(tensors))
         with error_border(f"{url} did not answer with logps", self.remedy):
             logps = load(content)["logps"]
-            if logps.shape != completions.shape or not logps.isfinite().all():
+            if logps.shape != tensors["mask"].shape or not logps.isfinite().all():
                 raise ValueError(f"{tuple(logps.shape)}, or numbers that are not finite")
         return logps
 

@@ -127,6 +127,8 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # NOTE: cuDNN's attention takes up to a second to plan for each new shape, and ours are all new
+    torch.backends.cuda.enable_cudnn_sdp(False)
     check_device(device)
     path = str(path)
     if not is_hub_model(path):
@@ -157,6 +159,8 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     if model.config.model_type == "llava":
         disable_center_crop(model, processor)
     model = model.to(device).eval()
+    if torch.device(device).type == "cuda":
+        use_linear_patch_embedding(model)
     expected = "expected a Qwen-VL, InternVL or LLaVA model with an image token and a chat template"
     with error_border(f"{path} is a {model.config.model_type} that cannot be used", expected):
         tokenizer = processor.tokenizer
@@ -183,6 +187,16 @@ def disable_center_crop(model, processor):
     images, side = processor.image_processor, model.config.vision_config.image_size
     images.size = {"height": side, "width": side}
     images.do_center_crop = images.do_pad = False
+
+
+def use_linear_patch_embedding(model):
+    """Compute Qwen-VL's patch embedding, a Conv3d over patches that do not overlap, as a matrix
+    product. For some GPUs torch's Conv3d in bfloat16 is slower by a factor of 60 and more."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv3d) and layer.stride == layer.kernel_size:
+            layer.forward = lambda patches, layer=layer: F.linear(  # (N, channels, T, H, W)
+                patches.flatten(1), layer.weight.flatten(1), layer.bias
+            )
 
 
 # Relative frames by config.model_type. LLaVA's instruction data has decimals from 0 to 1. All other
@@ -300,6 +314,29 @@ def merged_inference(model):
         for layer in layers:
             layer.merged = None
         model.train(was_training)
+
+
+@contextmanager
+def without_updates(model, mergers):
+    """The model as it was before training: without LoRA, and with the weights that its mergers had
+    then, {name: tensor}. It has the bits of a model that was loaded anew, and needs no memory."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    parameters = dict(model.named_parameters())
+
+    def swap_mergers():
+        for name in mergers:
+            parameters[name].data, mergers[name] = mergers[name], parameters[name].data
+
+    swap_mergers()
+    for layer in layers:
+        layer.merged = layer.base_layer.weight
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in layers:
+            layer.merged = None
+        swap_mergers()
 
 
 def text_positions(model, positions):
@@ -710,8 +747,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         if self.merged is not None:
             return F.linear(x, self.merged, self.base_layer.bias)
-        update = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))))
-        return self.base_layer(x) + (self.scale * update).to(x.dtype)
+        update = self.lora_B(self.lora_A(self.dropout(x)))  # mixed_precision chooses its type
+        return self.base_layer(x) + self.scale * update
 
 
 def add_lora(model, rank=64, alpha=128, dropout=0.05):
@@ -1053,10 +1090,12 @@ def join_processes(device, backend=None):
         world, rank, local_rank = int(found["WORLD_SIZE"] or 1), 0, 0
         if world > 1:
             rank, local_rank = int(found["RANK"]), int(found["LOCAL_RANK"])
-            backend = backend or ("nccl" if device == "cuda" else "gloo")
             store, *_ = next(dist.rendezvous("env://", rank, world, timeout=timedelta(minutes=5)))
             # process 0 may be saving or drawing for long, while the others wait
             options = {"rank": rank, "world_size": world, "timeout": timedelta(hours=3)}
+            if device == "cuda" and not backend:
+                options["device_id"] = torch.device(f"cuda:{local_rank}")
+            backend = backend or ("nccl" if device == "cuda" else "gloo")
             dist.init_process_group(backend, store=store, **options)
     device = f"cuda:{local_rank}" if device == "cuda" else device
     return rank, max(world, 1), local_rank, device

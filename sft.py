@@ -113,7 +113,8 @@ def add_common_flags(parser, defaults):
     def add(name, **options):
         if name.strip("-") in defaults:  # fill_defaults chooses, once the data set is known
             recipe, demo = defaults[name.strip("-")]
-            options["help"] += f" (default {recipe:g}; demo {demo:g})"
+            options["help"] += f" (default {recipe}; demo {demo})"
+            options["default"] = None
         parser.add_argument(name, **options)
 
     on_off, share = argparse.BooleanOptionalAction, number(float, 0, 1)
@@ -171,7 +172,7 @@ def fill_defaults(args, defaults):
 # and --sam_ckpt the content is compared, not the path.
 MAY_DIFFER_ON_RESUME = """model_path data_root sam_ckpt log_dir version_name resume keep save_step
 max_skips merge workers skip_bad device gradient_checkpointing val_batch_size ref_url ref_device
-ref_patience""".split()
+ref_patience reference""".split()
 
 
 # A terminal that is closed sends SIGHUP, which Windows does not have.

@@ -77,7 +77,7 @@ def test_a_failed_request_is_asked_again_and_each_outage_is_told_once(fault, cap
     with scripted(HEALTH, *outage, GOOD, *outage) as (url, given):
         client = ref_server.Reference([url], IDENTITY, patience=20)
         for _ in range(3):
-            assert (client.logps(*QUESTION) == LOGPS).all()
+            assert (client.start(*QUESTION)() == LOGPS).all()
     printed = capsys.readouterr().out.strip().splitlines()
     assert len(given) == 8 and len(printed) == 5 and printed[:2] == printed[3:]
     assert printed[0].startswith(f"waiting for the reference at {url}: ")
@@ -91,7 +91,7 @@ def test_a_server_that_is_away_or_silent_ends_in_one_line_also_for_what_is_queue
         for least, most in ((1, 4), (0, 0.9)):  # seconds
             start = time.time()
             with pytest.raises(InputError, match="no answer from .*--ref_patience") as error:
-                client.logps(*QUESTION)
+                client.start(*QUESTION)()
             assert least <= time.time() - start < most and "\n" not in str(error.value)
     assert given == [HEALTH, *answers]
 
@@ -104,7 +104,7 @@ NONSENSE = [[b"<html>"], [b"[]"], *([HEALTH, body] for body in (b"\x80\x04K\x01.
 def test_what_answers_nonsense_is_named(answers):
     *known, last = answers
     with scripted(*known, answer(last)) as (url, _), pytest.raises(InputError) as error:
-        ref_server.Reference([url], IDENTITY).logps(*QUESTION)
+        ref_server.Reference([url], IDENTITY).start(*QUESTION)()
     words = "did not answer with logps" if known else "is no reference server"
     assert f"{url} {words}" in str(error.value) and "\n" not in str(error.value)
 
@@ -119,7 +119,7 @@ def test_several_servers_take_turns():
     with scripted(HEALTH, GOOD) as (a, first), scripted(HEALTH, GOOD, GOOD) as (b, second):
         client = ref_server.Reference([a, b], IDENTITY, turn=1, patience=5)
         for counts in [(1, 2), (2, 2), (2, 3)]:
-            client.logps(*QUESTION)
+            client.start(*QUESTION)()
             assert (len(first), len(second)) == counts
 
 

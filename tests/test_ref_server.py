@@ -62,7 +62,7 @@ def reference(port, identity, patience=5):
 
 
 def test_the_server_gives_the_log_probs_of_the_model_it_serves(port, identity, question, own):
-    found, mask = reference(port, identity).logps(*question), question[2]
+    found, mask = reference(port, identity).start(*question)(), question[2]
     d = (found - own)[mask]
     assert (torch.exp(d) - d - 1).abs().max() < 1e-6 and d.abs().max() < 1e-5
     assert (found[~mask] == 0).all()
@@ -79,7 +79,7 @@ def test_eight_clients_get_their_own_answers(port, tiny, identity, question):
 
     def work(number):
         client, order = reference(port, identity, 60), [(number + k) % 9 for k in range(6)]
-        return max((client.logps(*questions[k]) - known[k]).abs().max() for k in order)
+        return max((client.start(*questions[k])() - known[k]).abs().max() for k in order)
 
     with ThreadPoolExecutor(8) as pool:
         assert max(pool.map(work, range(8))) < 1e-5
@@ -186,7 +186,7 @@ def test_other_types_of_the_same_numbers_do(port, good, own):
 def test_a_request_that_is_too_large_is_named_though_it_was_not_read(port, identity, question):
     large = {**question[0], "pixel_values": torch.zeros(5_000_000)}
     with pytest.raises(InputError, match="--max_mb"):
-        reference(port, identity).logps(large, *question[1:])
+        reference(port, identity).start(large, *question[1:])()
 
 
 # ------------------------------------------------------------------------- fuzzing
@@ -323,7 +323,7 @@ def test_a_server_that_comes_back_with_another_model_is_noticed(tiny, other, ide
     with serving(*tiny) as port:
         client = reference(port, identity)
     with serving(*other, port), pytest.raises(InputError, match="412.*runs/other") as error:
-        client.logps(*question)
+        client.start(*question)()
     assert sampler.fingerprint(*other) in str(error.value)
     assert identity["fingerprint"] in str(error.value) and "\n" not in str(error.value)
 
@@ -335,7 +335,7 @@ def test_the_client_waits_for_a_server_that_is_starting(tiny, identity, question
         client = pool.submit(reference, port, identity, patience=30)
         time.sleep(1.2)
         with serving(*tiny, port):
-            assert client.result().logps(*question).isfinite().all()
+            assert client.result().start(*question)().isfinite().all()
     printed = capsys.readouterr().out
     assert printed.count("waiting for") == printed.count("answers again") == 1
 
@@ -345,11 +345,11 @@ def test_a_token_keeps_others_out(tiny, identity, question, monkeypatch):
         stranger = reference(port, identity)
         monkeypatch.setenv("REF_TOKEN", "open sesame")
         friend = reference(port, identity)
-        assert friend.logps(*question).isfinite().all()
+        assert friend.start(*question)().isfinite().all()
         monkeypatch.setenv("REF_TOKEN", "another")
         for client in (stranger, friend):
             with pytest.raises(InputError, match="401.*REF_TOKEN"):
-                client.logps(*question)
+                client.start(*question)()
         assert b" 401 " in exchange(port, b"GET /health HTTP/1.1\r\n\r\n")
 
 
@@ -359,9 +359,9 @@ def test_what_a_model_raises_is_an_answer(tiny, identity, question, monkeypatch,
         client = reference(port, identity, patience=1)
         monkeypatch.setattr(sampler, "completion_logps", Mock(side_effect=error))
         with pytest.raises(InputError, match=f"400, .*{sampler.one_line(error)}.*--batch_size"):
-            client.logps(*question)
+            client.start(*question)()
         monkeypatch.undo()
-        assert client.logps(*question).isfinite().all()
+        assert client.start(*question)().isfinite().all()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,0 +1,75 @@
+"""What makes large models fast: regrouped rollouts, a reference inside the policy."""
+
+from types import SimpleNamespace
+
+import families
+import pytest
+import torch
+from PIL import Image
+
+import data
+import grpo
+import sampler
+
+GROUP = 3
+LORA = SimpleNamespace(lora_rank=4, lora_alpha=8, gradient_checkpointing=False)
+
+
+def trainable(model):
+    """The model with LoRA that is not at its start, and what trains."""
+    trained = sampler.make_trainable(model, LORA, dropout=0.0)
+    for module in model.modules():
+        if isinstance(module, sampler.LoRALinear):
+            torch.nn.init.normal_(module.lora_B.weight, std=0.05)
+    return trained
+
+
+def rollout(model, processor):
+    """Five prompts of unlike lengths, with unlike images, and completions of unlike lengths."""
+    sizes = [(40, 30), (90, 60), (56, 56), (30, 80), (64, 64)]
+    images = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
+    texts = [data.box_prompt("ship " * (1 + 3 * i), think=i % 2 == 0) for i in range(5)]
+    prompt = data.collate(processor, images, texts)
+    ids, mask, logp = sampler.sample_group(model, processor, prompt, GROUP, 12)
+    mask = mask & (
+        torch.arange(mask.shape[1])
+        < torch.tensor([2, 12, 5, 1, 9])[:, None, None].expand(-1, GROUP, 1).reshape(-1, 1)
+    )
+    return grpo.Rollout(prompt, ids, mask, logp, [], None, adv=torch.randn(5 * GROUP, 1))
+
+
+@pytest.mark.parametrize("kind", families.QWEN + families.TILED)
+def test_scoring_in_micro_batches_of_like_length_changes_no_gradient(kind):
+    model, processor = families.small_policy(kind)
+    trained, found = trainable(model), []
+    whole = rollout(model, processor)
+    parts = grpo.split(whole, GROUP, 2)
+    assert [len(part.adv) for part in parts] == [2 * GROUP, 2 * GROUP, GROUP]
+    count = lambda r: r.prompt["input_ids"].numel() + r.completions.numel()
+    assert sum(map(count, parts)) < count(whole)
+    for batches in ([whole], parts):
+        for r in batches:
+            logp = sampler.completion_logps(model, r.prompt, r.completions, r.mask, 0.9)
+            (logp * r.adv).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]))
+        model.zero_grad()
+    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_inside_the_policy_has_the_bits_of_one_that_is_loaded(dtype):
+    other, _ = sampler.load_policy(dtype=dtype)
+    model, processor = sampler.load_policy(dtype=dtype)
+    trained = sampler.make_trainable(model, LORA, dropout=0.0)
+    reference, optimizer = grpo.PolicyReference(model), torch.optim.AdamW(trained, 1e-2)
+    r = rollout(model, processor)
+    question = r.prompt, r.completions, r.mask, 0.9
+    for _ in range(2):
+        sampler.completion_logps(model, *question).sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        expected = sampler.completion_logps(other, *question)
+        before = sampler.completion_logps(model, *question)
+        assert torch.equal(reference.start(*question)(), expected)
+        assert torch.equal(sampler.completion_logps(model, *question), before)
+    assert (before - expected).abs().max() > 0.1
