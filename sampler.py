@@ -38,6 +38,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -434,6 +435,9 @@ def decode(model, processor, prefix, group, max_new_tokens, temperature):
     if not shares_prefix(model):
         rows = range(len(prefix.next_position) * group)
         prefix, group = select_rows(prefix, [row // group for row in rows]), 1
+    elif model.device.type == "cuda":
+        options = max_new_tokens, temperature, record_graph
+        return decode_in_steps(model, processor, prefix, group, *options)
     cache, prompt_mask, next_position, hidden = prefix
     batch, device, pad = len(prompt_mask), prompt_mask.device, processor.tokenizer.pad_token_id
     ends = torch.tensor(end_ids(model, processor), device=device)
@@ -473,6 +477,74 @@ def decode(model, processor, prefix, group, max_new_tokens, temperature):
                 use_cache=True,
             ).last_hidden_state.flatten(0, 1)
     return ids[:, : step + 1], mask[:, : step + 1], logp[:, : step + 1]
+
+
+def decode_in_steps(model, processor, prefix, group, max_new_tokens, temperature, record=None):
+    """`decode` for a GPU. The kernels of a step take less time than their launches, some 2,000. So
+    all steps have the same shapes: the cache has room for all tokens, and finished completions
+    stay. `record` (see record_graph) makes a function that repeats a step in one launch."""
+    from transformers.cache_utils import StaticLayer
+
+    cache, prompt_mask, next_position, hidden = prefix
+    (batch, start), device = prompt_mask.shape, prompt_mask.device
+    pad, total = processor.tokenizer.pad_token_id, start + group * max_new_tokens
+    ends = torch.tensor(end_ids(model, processor), device=device)
+    banned = torch.tensor(vision_token_ids(model, processor), dtype=torch.long, device=device)
+    with merged_inference(model):
+        hidden = hidden.repeat_interleave(group, 0)  # (B*G, D)
+        ids = torch.full((batch * group, max_new_tokens), pad, device=device)
+        mask, logp = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(ids.shape, device=device)
+        unfinished = torch.ones(batch * group, 1, dtype=torch.bool, device=device)
+        number = torch.zeros(1, dtype=torch.long, device=device)  # of the step
+        columns = start + torch.arange(group, device=device)  # of its tokens in the cache
+        for i, layer in enumerate(cache.layers):
+            cache.layers[i] = StaticLayer(total)
+            cache.layers[i].update(layer.keys, layer.values)
+        visible = F.pad(prompt_mask, (0, total - start))
+        bias = attention_bias(visible, model)[:, None, None].repeat(1, 1, group, 1)  # (B, 1, G, S)
+
+        def step():
+            token, token_logp = sample_token(model.lm_head(hidden), temperature, banned)  # (B*G, 1)
+            ids.index_copy_(1, number, token.masked_fill(~unfinished, pad))
+            mask.index_copy_(1, number, unfinished)
+            logp.index_copy_(1, number, token_logp.masked_fill(~unfinished, 0.0))
+            unfinished.logical_and_((token != ends).all(1, keepdim=True))
+            bias.scatter_(3, columns.view(1, 1, -1, 1).expand(batch, 1, -1, 1), 0.0)
+            position = (next_position + number)[:, None].expand(batch, group)
+            out = model.model(
+                input_ids=token.view(batch, group),
+                attention_mask=bias,
+                position_ids=text_positions(model, position),
+                cache=cache,
+                use_cache=True,
+            )
+            hidden.copy_(out.last_hidden_state.flatten(0, 1))
+            columns.add_(group)
+            number.add_(1)
+
+        repeat = step
+        for done in range(1, max_new_tokens + 1):
+            repeat()
+            if done == 1 and record:
+                repeat = record(step)
+            if done % 8 == 0 and not unfinished.any():  # not at each step, as it waits for the GPU
+                break
+        length = int(mask.any(0).sum())
+    return ids[:, :length], mask[:, :length], logp[:, :length]
+
+
+def record_graph(step):
+    """Record what a step launches on the GPU, without running it: a function that runs it."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # another thread may use the GPU meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+    except RuntimeError as error:
+        line = f"sampling is slower, as a step cannot be recorded: {one_line(error)}"
+        warnings.warn(line, stacklevel=2)
+        return step
+    return graph.replay
 
 
 def generate(model, processor, prefix, max_new_tokens, temperature=0.0):
