@@ -48,6 +48,7 @@ import argparse
 import math
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -322,9 +323,15 @@ class Rollout:
     ref_logp: torch.Tensor = None  # (R, C)
 
 
-def sample(model, processor, prompts, args, averages):
-    """Step 2: a Rollout of B prompts."""
+def draw_prompts(dataset, order, processor, accumulate):
+    """Step 1: the prompts of an update (B), their inputs, and the epoch that they are from."""
+    prompts = [dataset[key] for _ in range(accumulate) for key in next(order)]
     inputs = data.collate(processor, [p.image for p in prompts], [p.text for p in prompts])
+    return prompts, inputs, order.epoch
+
+
+def sample(model, processor, inputs, args, averages):
+    """Step 2: a Rollout of B prompts."""
     ids, mask, logp = sampler.sample_group(
         model, processor, inputs, args.group, args.max_new_tokens, args.temperature
     )
@@ -523,6 +530,10 @@ def main(args):
         run.restore(saved, model, optimizer)
         del saved
 
+    draw = draw_prompts, dataset, order, processor, args.accumulate
+    executor = ThreadPoolExecutor(1)
+    drawn = executor.submit(*draw)
+
     run.catch_signals()
     todo = range(run.done + 1, steps + 1)
     bar = tqdm(todo, "GRPO", initial=run.done, total=steps, disable=run.rank > 0)
@@ -535,16 +546,16 @@ def main(args):
 
         with averages.clock("seconds_rollout"):
             # 1. Prompt
-            keys = [key for _ in range(args.accumulate) for key in next(order)]
-            prompts = [dataset[key] for key in keys]  # B
+            prompts, inputs, epoch = drawn.result()
             # 2. Sample
-            rollout = sample(model, processor, prompts, args, averages)
+            rollout = sample(model, processor, inputs, args, averages)
             # 3. Reward
             rewards = reward_all(rollout, prompts, args, segmenter, averages)  # (B, G)
             # 4. Advantage
             adv = advantages(rewards, scale=args.loss != "dr_grpo")  # (B, G)
             rollout = drop_groups(rollout, rewards, adv, args, averages)
             rollouts = split(rollout, args.group, args.batch_size) if rollout else []
+        drawn = executor.submit(*draw)  # beside this update, those of the next
         # 5. Reference: a server scores a rollout while the policy scores the one before
         for r in rollouts if reference else []:
             r.get_ref_logp = reference.start(r.prompt, r.completions, r.mask, args.temperature)
@@ -584,15 +595,16 @@ def main(args):
                 norm = run.update(optimizer, trained, loss)
 
         # Log and save.
-        (stopping,) = run.sum([run.signal])
+        stopping, is_due = run.sum([run.signal, run.is_due()])
         averages.sum_over_processes(run)
         seconds = time.time() - start
-        line = log_line(step, order.epoch, averages, norm, lr, run, seconds, bool(reference))
+        line = log_line(step, epoch, averages, norm, lr, run, seconds, bool(reference))
         bar.set_postfix(reward=f"{line['reward']:.3f}", kl=f"{line['kl'] or 0:.1e}")
         run.log(line)
-        if step % args.save_step == 0 or step == steps or stopping:
-            run.save(step, model, processor, optimizer, before)
-        if step == steps or stopping:
+        is_last = step == steps or stopping
+        if step % args.save_step == 0 or is_due or is_last:
+            run.save(step, model, processor, optimizer, before, is_last)
+        if is_last:
             run.exit_if_stopped(step, steps)
 
     run.finish(model, processor, val, before, flags=" --use_think")

@@ -59,7 +59,8 @@ DEFAULTS = dict(
     max_step=(0, 370),
     save_step=(500, 50),
     point_ratio=(0.5, 0.4),
-    val_batch_size=(8, 64),
+    val_batch_size=(32, 64),
+    workers=(4, 0),
 )
 
 
@@ -77,7 +78,7 @@ def get_args(argv=None):
         default=2,
         help="passes over the split, if --max_step is 0",
     )
-    add("--workers", type=number(int, 0), default=0, help="processes that load data")
+    add("--workers", type=number(int, 0), help="processes that load data")
     add("--val_limit", type=number(int, 0), default=200, help="validation samples; 0: none")
     return fill_defaults(parser.parse_args(argv), DEFAULTS)
 
@@ -150,6 +151,7 @@ def add_common_flags(parser, defaults):
     add("--log_dir", default="runs", help="results go to <log_dir>/<version_name>")
     add("--merge", action=on_off, default=True, help="write merged weights beside the adapter")
     add("--save_step", type=count, help="save every so many updates, and at the end")
+    add("--save_minutes", type=positive, default=15, help="and after so many minutes")
     add("--keep", type=count, default=2, help="checkpoints that stay")
     add("--resume", action=on_off, default=False, help="continue from the last checkpoint")
     add("--val_batch_size", type=count, help="validation samples per process and batch")
@@ -171,8 +173,8 @@ def fill_defaults(args, defaults):
 # When a run is resumed, all settings but these must be as they were. Of --model_path, --data_root
 # and --sam_ckpt the content is compared, not the path.
 MAY_DIFFER_ON_RESUME = """model_path data_root sam_ckpt log_dir version_name resume keep save_step
-max_skips merge workers skip_bad device gradient_checkpointing val_batch_size ref_url ref_device
-ref_patience reference""".split()
+save_minutes max_skips merge workers skip_bad device gradient_checkpointing val_batch_size ref_url
+ref_device ref_patience reference""".split()
 
 
 # A terminal that is closed sends SIGHUP, which Windows does not have.
@@ -199,6 +201,7 @@ class Run:
         self.dtype = torch.bfloat16 if self.is_cuda and args.lora_rank else torch.float32
         self.done, self.skipped, self.skipped_in_a_row = 0, 0, 0  # updates
         self.signal = 0  # the number of the signal that came, if any
+        self.saved_at = time.time()
         if self.rank == 0:
             self.lock = sampler.lock_folder(self.folder)
 
@@ -338,10 +341,17 @@ class Run:
     def validate(self, model, processor, val):
         """eval.validate with the settings of this run."""
         args = self.args
-        return validate(model, processor, val, args.prompts, args.val_batch_size, args.val_limit)
+        options = args.prompts, args.val_batch_size, args.val_limit
+        with sampler.merged_inference(model):
+            return validate(model, processor, val, *options)
 
-    def save(self, step, model, processor, optimizer, before):
-        """Write the model folder, then the checkpoint. All processes call it.
+    def is_due(self):
+        """Whether the last checkpoint is --save_minutes old. Only process 0's clock counts."""
+        return self.rank == 0 and time.time() - self.saved_at > 60 * self.args.save_minutes
+
+    def save(self, step, model, processor, optimizer, before, is_last):
+        """Write the adapter, after the last update also the whole model, then the checkpoint. All
+        processes call it.
 
         The checkpoint is written beside and renamed, so it is there as a whole or not at all.
         """
@@ -362,7 +372,7 @@ class Run:
                 if self.args.lora_rank:
                     names = self.folder / "adapter", self.args.model_path, self.base_fingerprint
                     sampler.save_adapter(model, *names)
-                if self.args.merge or not self.args.lora_rank:
+                if is_last and (self.args.merge or not self.args.lora_rank):
                     sampler.save_policy(model, processor, self.folder)
                 else:  # merged weights of before --no-merge would be loaded instead of the adapter
                     (self.folder / "config.json").unlink(missing_ok=True)
@@ -377,6 +387,7 @@ class Run:
             os.replace(new, new.with_name(f"{step:08}"))
             for old in self.checkpoints()[: -self.args.keep]:
                 shutil.rmtree(old)
+        self.saved_at = time.time()
         self.barrier()  # nobody goes on, or ends, before it is there
 
     def restore(self, saved, model, optimizer):
@@ -517,7 +528,7 @@ def main(args):
                 loss, answer_tokens = answer_loss(model, batch)
             loss.backward()
             sums = [a + b for a, b in zip(sums, (loss.item(), answer_tokens, tokens))]
-        loss, answer_tokens, tokens, stopping = run.sum([*sums, run.signal])
+        loss, answer_tokens, tokens, stopping, is_due = run.sum([*sums, run.signal, run.is_due()])
         norm = run.update(optimizer, trained, loss, divide_by=answer_tokens)
         seconds = time.time() - start
         line = {
@@ -531,9 +542,10 @@ def main(args):
         }
         bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         run.log(line)
-        if step % args.save_step == 0 or step == steps or stopping:
-            run.save(step, model, processor, optimizer, before)
-        if step == steps or stopping:
+        is_last = step == steps or stopping
+        if step % args.save_step == 0 or is_due or is_last:
+            run.save(step, model, processor, optimizer, before, is_last)
+        if is_last:
             run.exit_if_stopped(step, steps)
 
     # 5. Validate again.
