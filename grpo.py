@@ -362,15 +362,17 @@ def reward_all(rollout, prompts, args, segmenter, averages):
     return rewards
 
 
-def drop_groups(rollout, rewards, adv, args, averages):
-    """Leave out groups whose rewards are all alike: a Rollout with advantages, or None."""
+def drop_groups(rollout, rewards, adv, args, averages, keep_all=False):
+    """Leave out groups whose rewards are all alike: a Rollout with advantages, or None. keep_all:
+    they stay, but no token of them counts."""
     has_signal = rewards.amax(1) - rewards.amin(1) > 1e-6  # (B,)
     averages.add("dropped", (~has_signal).sum(), len(has_signal))
-    if not has_signal.any():
+    if not has_signal.any() and not keep_all:
         return None
-    mask = rollout.mask
+    mask = rollout.mask & has_signal.repeat_interleave(args.group)[:, None].to(rollout.mask.device)
     if args.mask_truncated:
         mask = mask & ~rollout.truncated.to(mask.device)[:, None]
+    has_signal |= keep_all
     kept = has_signal.repeat_interleave(args.group)  # (R,)
     return replace(
         rollout,
@@ -412,7 +414,8 @@ def score(model, r, args, averages, threads):
     usual = torch.get_num_threads()
     with averages.clock("seconds_scoring"):
         torch.set_num_threads(threads)
-        logp = sampler.completion_logps(model, r.prompt, r.completions, r.mask, args.temperature)
+        question = r.prompt, r.completions, r.mask, args.temperature
+        logp = sampler.run(sampler.completion_logps, model, *question)
         torch.set_num_threads(usual)
     return logp
 
@@ -466,16 +469,6 @@ class PolicyReference:
         return logps
 
 
-def build_optimizer(trained, args, world):
-    """AdamW; where several processes train all parameters, each has a share of its two moments."""
-    options = {"lr": args.lr, "weight_decay": args.weight_decay}
-    if world == 1 or args.lora_rank:
-        return torch.optim.AdamW(trained, **options)
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    return ZeroRedundancyOptimizer(trained, torch.optim.AdamW, **options)
-
-
 def log_line(step, epoch, averages, norm, lr, run, seconds, has_reference):
     """One line of train.jsonl; see the head of this file."""
     totals = averages.totals
@@ -515,7 +508,7 @@ def main(args):
     trained = sampler.make_trainable(model, args, dropout=0.0)
     if args.beta and args.reference == "policy":
         reference = PolicyReference(model)
-    optimizer = build_optimizer(trained, args, run.world)
+    optimizer = run.make_optimizer(trained)
     per_update = args.batch_size * run.world * args.accumulate
     steps = args.max_step or math.ceil(args.epochs * len(train) / per_update)
     rise = max(1, round(args.warmup * steps))
@@ -553,7 +546,9 @@ def main(args):
             rewards = reward_all(rollout, prompts, args, segmenter, averages)  # (B, G)
             # 4. Advantage
             adv = advantages(rewards, scale=args.loss != "dr_grpo")  # (B, G)
-            rollout = drop_groups(rollout, rewards, adv, args, averages)
+            # sharded weights are gathered as often on every process
+            keep_all = sampler.is_sharded(model)
+            rollout = drop_groups(rollout, rewards, adv, args, averages, keep_all)
             rollouts = split(rollout, args.group, args.batch_size) if rollout else []
         drawn = executor.submit(*draw)  # beside this update, those of the next
         # 5. Reference: a server scores a rollout while the policy scores the one before

@@ -307,7 +307,8 @@ def merged_inference(model):
     was_training = model.training
     model.eval()  # NOTE: under gradient checkpointing, a model in training keeps no KV cache
     try:
-        with torch.inference_mode(), mixed_precision(model):
+        # NOTE: gathered before, as backward passes cannot use what is made in inference mode
+        with gathered(model), torch.inference_mode(), mixed_precision(model):
             for layer in layers:
                 layer.merged = merged_weight(layer)
             yield
@@ -843,11 +844,59 @@ def make_trainable(model, args, dropout):
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
+    if dist.is_initialized() and not args.lora_rank:
+        shard_parameters(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    if dist.is_initialized():
+    if dist.is_initialized() and args.lora_rank:
         for parameter in trained:  # LoRA's A is random: take rank 0's
             dist.broadcast(parameter.data, 0)
     return trained
+
+
+def shard_parameters(model):
+    """Keep a part of every parameter on each process (FSDP2). A layer's weights are gathered before
+    it runs and given up after that; gradients are summed over all processes, and each gets its
+    part. From now on, gathers weights for `run(function, *args)`, as for a forward pass."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import register_fsdp_forward_method as wrap
+
+    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    half = torch.bfloat16 if model.device.type == "cuda" else None
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(half, cast_forward_inputs=False)}
+    layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    for module in [*layers, model]:
+        fully_shard(module, **options)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    model.run = lambda function, *args: function(model, *args)
+    wrap(model, "run")
+    model.run(lambda model: None)  # the first one to run is taken for the whole model
+    model.reshard()
+
+
+def is_sharded(model):
+    return hasattr(model, "run")
+
+
+def run(function, model, *args):
+    """function(model, *args); where the model is sharded, with its weights gathered."""
+    return model.run(function, *args) if is_sharded(model) else function(model, *args)
+
+
+@contextmanager
+def gathered(model):
+    """Inside, a sharded model has all of its weights on every process."""
+    parts = [m for m in model.modules() if hasattr(m, "unshard")]
+    parts = [] if torch.is_inference_mode_enabled() else parts  # a nested call
+    for part in parts[::-1]:
+        part.set_reshard_after_forward(False, recurse=False)
+    for part in parts:
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
 
 
 def merger_names(model):
@@ -941,10 +990,12 @@ def merged_weight(module):
     return (weight.float() + module.scale * update).to(weight.dtype)
 
 
-def save_policy(model, processor, folder):
+def save_policy(model, processor, folder, state=None):
     """Write a plain Hugging Face folder with merged weights. The model itself does not change.
-    When all files are written, they are renamed one by one, so none is ever there in part."""
-    state = {n.replace(".base_layer", ""): p for n, p in model.state_dict().items()}
+    state: the weights, if they are not the model's own (a sharded one has parts). When all files
+    are written, they are renamed one by one, so none is ever there in part."""
+    state = state or model.state_dict()
+    state = {name.replace(".base_layer", ""): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if ".lora_" not in name}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):

@@ -41,6 +41,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -231,15 +234,21 @@ class Run:
             dist.all_reduce(values)
         return values.tolist()
 
+    def make_optimizer(self, parameters):
+        options = {"lr": self.args.lr, "weight_decay": self.args.weight_decay}
+        return torch.optim.AdamW(parameters, fused=self.is_cuda, **options)
+
     def update(self, optimizer, parameters, loss, divide_by=1):
         """Take one optimizer step with the sum of the gradients of all processes, divided by
         `divide_by`; return its norm. NOTE: a step whose gradient, or loss (of all processes), is
         nan or infinite is skipped and counted, as it would spoil all weights."""
-        sum_gradients(parameters, self.world)
+        if not is_sharded(parameters):  # else FSDP2 has done it
+            sum_gradients(parameters, self.world)
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= divide_by
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.clip)
+        norm = (norm.full_tensor() if is_sharded([norm]) else norm).item()
         if math.isfinite(loss + norm):
             optimizer.step()
             self.skipped_in_a_row = 0
@@ -358,14 +367,15 @@ class Run:
         own = {"torch": torch.get_rng_state()}
         if self.is_cuda:
             own["cuda"] = torch.cuda.get_rng_state(self.device)
-        # ZeroRedundancyOptimizer: every process has a part of the state; else all have the same
-        part = getattr(optimizer, "optim", optimizer)
-        if self.rank == 0 or part is not optimizer:
-            own["optimizer"] = part.state_dict()
+        parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        shards = is_sharded([p for _, p in parameters])
+        if self.rank == 0 or shards:  # else all processes have the same
+            own["optimizer"] = tree_map(local_part, optimizer.state_dict())
+            own["trained"] = {name: local_part(p.detach()) for name, p in parameters}
         if self.rank == 0:
-            trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-            own |= {"step": step, "trained": trained, "before": before, "settings": self.settings}
+            own |= {"step": step, "before": before, "settings": self.settings}
             own["skipped"] = self.skipped, self.skipped_in_a_row
+        whole = get_model_state_dict(model, options=WHOLE) if shards and is_last else None
         new = self.folder / "checkpoints" / "new"
         if self.rank == 0:
             with self.writing(self.folder):
@@ -373,7 +383,7 @@ class Run:
                     names = self.folder / "adapter", self.args.model_path, self.base_fingerprint
                     sampler.save_adapter(model, *names)
                 if is_last and (self.args.merge or not self.args.lora_rank):
-                    sampler.save_policy(model, processor, self.folder)
+                    sampler.save_policy(model, processor, self.folder, whole)
                 else:  # merged weights of before --no-merge would be loaded instead of the adapter
                     (self.folder / "config.json").unlink(missing_ok=True)
                 shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while saving
@@ -394,8 +404,12 @@ class Run:
         """Put everything where it was when `saved` was written."""
         parameters = dict(model.named_parameters())
         for name, value in saved["trained"].items():
-            parameters[name].data.copy_(value)
-        getattr(optimizer, "optim", optimizer).load_state_dict(saved["optimizer"])
+            local_part(parameters[name].data).copy_(value)
+        optimizer.load_state_dict(saved["optimizer"])
+        for parameter, state in optimizer.state.items() if is_sharded(parameters.values()) else ():
+            for name, value in state.items():
+                if name != "step":  # a number, not a tensor like the parameter
+                    state[name] = as_part_of(parameter, value)
         torch.set_rng_state(saved["torch"])
         if self.is_cuda:
             torch.cuda.set_rng_state(saved["cuda"], self.device)
@@ -433,6 +447,25 @@ class Run:
         self.barrier()
         if self.world > 1:
             dist.destroy_process_group()
+
+
+# FSDP2 (see sampler.shard_parameters): a process has a part of each parameter, as a DTensor.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def is_sharded(tensors):
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def local_part(tensor):
+    """This process's part of a tensor; one that is not sharded as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_part_of(parameter, local):
+    """A DTensor like a sharded parameter, of which this process has the part `local`."""
+    options = {"shape": parameter.shape, "stride": parameter.stride()}
+    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, **options)
 
 
 def sum_gradients(parameters, world):
@@ -479,7 +512,7 @@ def main(args):
     # 2. What is trained.
     torch.manual_seed(args.seed + run.rank)
     trained = sampler.make_trainable(model, args, args.lora_dropout)
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = run.make_optimizer(trained)
     per_update = args.batch_size * run.world * args.accumulate
     steps = args.max_step or math.ceil(args.epochs * len(train) / per_update)
     run.print0(f"{sum(p.numel() for p in trained):,} trained parameters, {steps} updates")
@@ -525,7 +558,7 @@ def main(args):
             batch = {key: torch.from_numpy(a).to(run.device) for key, a in arrays.items()}
             tokens = int(batch["attention_mask"].sum())
             with sampler.mixed_precision(model):
-                loss, answer_tokens = answer_loss(model, batch)
+                loss, answer_tokens = sampler.run(answer_loss, model, batch)
             loss.backward()
             sums = [a + b for a, b in zip(sums, (loss.item(), answer_tokens, tokens))]
         loss, answer_tokens, tokens, stopping, is_due = run.sum([*sums, run.signal, run.is_due()])
