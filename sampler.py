@@ -331,7 +331,7 @@ def without_updates(model, mergers):
 
     swap_mergers()
     for layer in layers:
-        layer.merged = layer.base_layer.weight
+        layer.merged = layer.base_layer.weight.detach()
     try:
         with torch.no_grad():
             yield

@@ -3,6 +3,7 @@
     python tests/bench.py                       # all rows, about 7 minutes on two cores
     python tests/bench.py rollout evaluation    # some, by name
     python tests/bench.py --quick               # do all rows run, and do both sides agree?
+    python tests/bench.py gpu --size 8b         # phases of an update on a GPU: see bench_gpu.py
     pip install trl peft pycocotools            # for the rows `grpo` and `rle`: left out without
 
 What counts is the ratio: the median over repetitions of theirs / ours, taken right after one
@@ -480,8 +481,10 @@ def get_args(argv=None):
     add("--quick", action=on_off, default=False, help="every row in a short form, as a test")
     add("--data_root", default="demo_data", help="folder that holds the demo set")
     add("--json", default="runs/bench.json", help="where the figures go")
+    add("--size", choices=["tiny", "2b", "4b", "8b"], default="8b", help="of the model of gpu")
+    add("--device", default="cuda", help="of gpu: cuda or cpu")
     args = parser.parse_args(argv)
-    if unknown := set(args.rows) - set(ROWS):
+    if args.rows != ["gpu"] and (unknown := set(args.rows) - set(ROWS)):
         parser.error(f"no row {', '.join(sorted(unknown))}: expected some of {', '.join(ROWS)}")
     return args
 
@@ -503,8 +506,22 @@ def measure(row, args):
         yield {"row": row, "failed": f"{type(error).__name__}: {error}"}
 
 
+def measure_gpu(args):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("gpu left out: no GPU is here (--size tiny --device cpu shows what it would print)")
+        return 0
+    import bench_gpu
+
+    lines = bench_gpu.measure(args.size, args.device, args.quick)
+    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.json).write_text(json.dumps(lines, indent=2))
+    return 0
+
+
 def main(args):
     """The exit status: 1 if a row has failed."""
+    if args.rows == ["gpu"]:
+        return measure_gpu(args)
     print(TABLE.format("row", "what", "against", "ours", "theirs", "ratio", "bar", ""))
     lines, path = [], Path(args.json)
     path.parent.mkdir(parents=True, exist_ok=True)

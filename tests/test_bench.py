@@ -23,6 +23,17 @@ def test_every_row_runs_and_its_two_sides_agree(run, small_set, tmp_path):
         assert line["row"] in missing or min(line["ours"], line["theirs"]) > 0
 
 
+def test_the_phases_of_an_update_are_measured_on_any_device(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "bench.json"
+    args = ["gpu", "--size", "tiny", "--device", "cpu", "--quick", "--json", str(path)]
+    assert bench.main(bench.get_args(args)) == 0
+    lines = {line["what"]: line for line in json.loads(path.read_text())}
+    assert lines["a whole update"]["seconds"] > 0 and lines["rollout gap"]["nats"] < 0.05
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert bench.main(bench.get_args(["gpu"])) == 0
+    assert "gpu left out: no GPU is here" in capsys.readouterr().out
+
+
 def test_a_row_whose_check_fails_is_reported_and_the_others_go_on(monkeypatch, tmp_path, capsys):
     right, found = sampler.Segmenter.segment, {"ours": 1.0, "theirs": 2.0, "ratio": 2.0}
     wrong = lambda self, prompts: [(~mask, score) for mask, score in right(self, prompts)]

@@ -73,6 +73,7 @@ def test_the_reference_inside_the_policy_has_the_bits_of_one_that_is_loaded(dtyp
         before = sampler.completion_logps(model, *question)
         assert torch.equal(reference.start(*question)(), expected)
         assert torch.equal(sampler.completion_logps(model, *question), before)
+        assert sampler.sample_group(model, processor, r.prompt, GROUP, 2)[0].shape[1] <= 2
     assert (before - expected).abs().max() > 0.1
 
 
