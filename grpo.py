@@ -30,7 +30,7 @@ batch.
     python grpo.py --resume                         # continue a run that was cut off
     python grpo.py --option demo_reason --prompts sam --reward mask  # after sft.py --prompts sam
     torchrun --nproc_per_node 4 grpo.py --model_path runs/sft \\
-        --data_root /path/to/RRSIS-D --option RRSISD --gradient_checkpointing
+        --data_root /path/to/RRSIS-D --option RRSISD --reference policy
 
 train.jsonl, over all processes: `reward`, the weighted sum, and each `reward_*` (null where it does
 not apply); `reward_std` within a group; `dropped`, share of groups without signal; `policy_loss`,
@@ -62,7 +62,7 @@ import data
 import ref_server
 import sampler
 from sampler import InputError, number
-from sft import Run, add_common_flags, fill_defaults
+from sft import Run, add_common_flags, fill_defaults, is_sharded
 
 # (the recipe for an 8 B model, the demo)
 DEFAULTS = dict(
@@ -547,7 +547,7 @@ def main(args):
             # 4. Advantage
             adv = advantages(rewards, scale=args.loss != "dr_grpo")  # (B, G)
             # sharded weights are gathered as often on every process
-            keep_all = sampler.is_sharded(model)
+            keep_all = is_sharded(trained)
             rollout = drop_groups(rollout, rewards, adv, args, averages, keep_all)
             rollouts = split(rollout, args.group, args.batch_size) if rollout else []
         drawn = executor.submit(*draw)  # beside this update, those of the next

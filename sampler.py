@@ -856,7 +856,7 @@ def make_trainable(model, args, dropout):
 def shard_parameters(model):
     """Keep a part of every parameter on each process (FSDP2). A layer's weights are gathered before
     it runs and given up after that; gradients are summed over all processes, and each gets its
-    part. From now on, gathers weights for `run(function, *args)`, as for a forward pass."""
+    part. What `run` runs from now on counts as a forward pass."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.fsdp import register_fsdp_forward_method as wrap
@@ -875,13 +875,9 @@ def shard_parameters(model):
     model.reshard()
 
 
-def is_sharded(model):
-    return hasattr(model, "run")
-
-
 def run(function, model, *args):
     """function(model, *args); where the model is sharded, with its weights gathered."""
-    return model.run(function, *args) if is_sharded(model) else function(model, *args)
+    return model.run(function, *args) if hasattr(model, "run") else function(model, *args)
 
 
 @contextmanager

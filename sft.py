@@ -24,7 +24,7 @@
     python sft.py --resume                          # continue a run that was cut off
     python sft.py --option demo_reason --prompts sam --version_name sft_reason
     torchrun --nproc_per_node 4 sft.py --model_path Qwen/Qwen3-VL-8B-Instruct \\
-        --data_root /path/to/RRSIS-D --option RRSISD --gradient_checkpointing
+        --data_root /path/to/RRSIS-D --option RRSISD
 """
 
 import argparse
