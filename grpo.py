@@ -597,6 +597,8 @@ def main(args):
         bar.set_postfix(reward=f"{line['reward']:.3f}", kl=f"{line['kl'] or 0:.1e}")
         run.log(line)
         is_last = step == steps or stopping
+        if is_last:
+            executor.shutdown()  # saving and validating use the tokenizer, too
         if step % args.save_step == 0 or is_due or is_last:
             run.save(step, model, processor, optimizer, before, is_last)
         if is_last:

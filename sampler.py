@@ -321,7 +321,7 @@ def merged_inference(model):
 @contextmanager
 def without_updates(model, mergers):
     """The model as it was before training: without LoRA, and with the weights that its mergers had
-    then, {name: tensor}. It has the bits of a model that was loaded anew, and needs no memory."""
+    then, {name: tensor}. Its log-probs have the same bits as those of a model that is loaded anew."""
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     parameters = dict(model.named_parameters())
 
@@ -864,7 +864,7 @@ def shard_parameters(model):
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     half = torch.bfloat16 if model.device.type == "cuda" else None
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(half, cast_forward_inputs=False)}
-    layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     for module in [*layers, model]:
         fully_shard(module, **options)
         module.set_gradient_divide_factor(1.0)
