@@ -321,7 +321,7 @@ def merged_inference(model):
 @contextmanager
 def without_updates(model, mergers):
     """The model as it was before training: without LoRA, and with the weights that its mergers had
-    then, {name: tensor}. Its log-probs have the same bits as those of a model that is loaded anew."""
+    then, {name: tensor}. Its log-probs have the bits of those of a model that is loaded anew."""
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     parameters = dict(model.named_parameters())
 
