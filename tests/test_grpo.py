@@ -130,6 +130,7 @@ SENSELESS = {
     "--warmup 2": "2 is not from 0 to 1",
     "--mask_weight nan": "nan is not from 0",
     "--ref_url host:1": "expected http://host:port",
+    "--reference policy --lora_rank 0": "with LoRA and without --ref_url",
     "--reward box,area": "expected some of box,point,mask",
     "--reward mask --mask_weight 0": "all of its weights are 0",
 }
@@ -229,6 +230,14 @@ def test_the_big_models_flags_and_a_server_of_ones_own(train, port):
         assert line["reward"] == pytest.approx(parts + 0.5 * line["reward_format"], abs=1e-5)
     assert {line["reward_box"] is None for line in lines} == {True, False}
     assert all((line["reward_box"] is None) != (line["reward_point"] is None) for line in lines)
+
+
+def test_the_reference_inside_the_policy_gives_the_run_that_a_server_gives(train, port):
+    common = "--max_step 3 --lr 1e-3 --batch_size 2 --accumulate 2"
+    server = train(f"{common} --ref_url http://127.0.0.1:{port}")
+    for line, other in zip(server, train(f"{common} --reference policy"), strict=True):
+        for key in ("reward", "kl", "policy_loss", "grad_norm", "length"):
+            assert line[key] == pytest.approx(other[key], rel=1e-4, abs=1e-7), key
 
 
 # ------------------------------------------------------------------------- two processes

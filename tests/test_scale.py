@@ -32,10 +32,8 @@ def rollout(model, processor):
     texts = [data.box_prompt("ship " * (1 + 3 * i), think=i % 2 == 0) for i in range(5)]
     prompt = data.collate(processor, images, texts)
     ids, mask, logp = sampler.sample_group(model, processor, prompt, GROUP, 12)
-    mask = mask & (
-        torch.arange(mask.shape[1])
-        < torch.tensor([2, 12, 5, 1, 9])[:, None, None].expand(-1, GROUP, 1).reshape(-1, 1)
-    )
+    lengths = torch.tensor([2, 12, 5, 1, 9]).repeat_interleave(GROUP)[:, None]
+    mask = mask & (torch.arange(mask.shape[1]) < lengths)
     return grpo.Rollout(prompt, ids, mask, logp, [], None, adv=torch.randn(5 * GROUP, 1))
 
 
@@ -99,8 +97,11 @@ def run_under(mode, step):
         step()
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL", *families.TILED])
+KINDS = [("Qwen3VL", False)]
+KINDS += [(kind, True) for kind in ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL", *families.TILED]]
+
+
+@pytest.mark.parametrize(("kind", "lora"), KINDS)
 def test_steps_of_one_shape_sample_what_the_growing_cache_samples(kind, lora):
     model, processor = families.small_policy(kind)
     if lora:
@@ -114,5 +115,4 @@ def test_steps_of_one_shape_sample_what_the_growing_cache_samples(kind, lora):
         prefix = sampler.prefill(model, prompt)
         found.append(function(model, processor, prefix, GROUP, 20, 0, *options))
     for one, other in zip(*found):
-        width = one.shape[1]
-        assert torch.allclose(one.float(), other[:, :width].float(), atol=1e-5)
+        assert torch.allclose(one.float(), other.float(), atol=1e-5)
