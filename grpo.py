@@ -157,9 +157,9 @@ def fill_own_defaults(args):
 
 BODY = "(?:(?!</?think>|</?answer>).)+"
 ANSWER = rf"\s*<answer>{BODY}</answer>\s*"
-# a model whose chat template always opens <think> must close it
-NO_THINK_FORMAT = re.compile(rf"(<think>\s*</think>)?{ANSWER}", re.DOTALL)
-THINK_FORMAT = re.compile(rf"\s*<think>{BODY}</think>{ANSWER}", re.DOTALL)
+# <think> may be missing: some chat templates write it
+NO_THINK_FORMAT = re.compile(rf"((<think>)?\s*</think>)?{ANSWER}", re.DOTALL)
+THINK_FORMAT = re.compile(rf"\s*(<think>)?{BODY}</think>{ANSWER}", re.DOTALL)
 
 
 def says_nothing(answer):
@@ -193,7 +193,7 @@ def point_reward(answer, truth, prompt):
 
 def format_reward(text, prompt):
     """1 for <think>…</think><answer>…</answer>, or for <answer>…</answer> where no reasoning was
-    asked for, with nothing else around."""
+    asked for, with nothing else around. Without <think>, what ends the reasoning still counts."""
     wanted = THINK_FORMAT if prompt.answer.startswith("<think>") else NO_THINK_FORMAT
     return float(wanted.fullmatch(text) is not None)
 

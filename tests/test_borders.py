@@ -352,7 +352,7 @@ def test_a_template_that_opens_the_reasoning_is_completed_by_the_answer(folder, 
         completion = data.think_opening(processor) + taught.removesuffix("<|im_end|>")
         assert grpo.format_reward(completion, question) == 1
         assert grpo.format_reward(f"{completion}{completion}", question) == 0
-        assert grpo.format_reward(completion.removeprefix("<think>"), question) == 0
+        assert grpo.format_reward(completion.removeprefix("<think>"), question) == 1
         assert data.parse_boxes(completion) == [(1, 2, 3, 4)]
 
 
