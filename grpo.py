@@ -157,7 +157,6 @@ def fill_own_defaults(args):
 
 BODY = "(?:(?!</?think>|</?answer>).)+"
 ANSWER = rf"\s*<answer>{BODY}</answer>\s*"
-# <think> may be missing: some chat templates write it
 NO_THINK_FORMAT = re.compile(rf"((<think>)?\s*</think>)?{ANSWER}", re.DOTALL)
 THINK_FORMAT = re.compile(rf"\s*(<think>)?{BODY}</think>{ANSWER}", re.DOTALL)
 
@@ -191,10 +190,10 @@ def point_reward(answer, truth, prompt):
     return float(sampler.label_points(points, prompt.mask).sum() / wanted)
 
 
-def format_reward(text, prompt):
-    """1 for <think>…</think><answer>…</answer>, or for <answer>…</answer> where no reasoning was
-    asked for, with nothing else around. Without <think>, what ends the reasoning still counts."""
-    wanted = THINK_FORMAT if prompt.answer.startswith("<think>") else NO_THINK_FORMAT
+def format_reward(text, answer):
+    """1 for <think>…</think><answer>…</answer>, or for <answer>…</answer> where the true `answer`
+    has no reasoning, with nothing else around. Some chat templates write <think>: it may lack."""
+    wanted = THINK_FORMAT if answer.startswith("<think>") else NO_THINK_FORMAT
     return float(wanted.fullmatch(text) is not None)
 
 
@@ -231,7 +230,7 @@ def reward_group(texts, prompt, args, segmenter):
         rewards["mask"] = mask_reward(answers, prompt, segmenter)
     if prompt.task == "sam":  # valid JSON: readable without repair
         rewards["json"] = [float(a.is_readable and not a.is_repaired) for a in answers]
-    rewards["format"] = [format_reward(text, prompt) for text in texts]
+    rewards["format"] = [format_reward(text, prompt.answer) for text in texts]
     return {name: torch.tensor(values) for name, values in rewards.items()}
 
 

@@ -275,7 +275,8 @@ def trl_steps(folder, samples, steps, prompts, length):
         return [grpo.box_reward(read(text), read(asked[i].answer)) for text, i in pairs]
 
     def forms(completions, index, **_):
-        return [grpo.format_reward(text, asked[i]) for text, i in zip(texts(completions), index)]
+        pairs = zip(texts(completions), index)
+        return [grpo.format_reward(text, asked[i].answer) for text, i in pairs]
 
     seconds = []
 

@@ -348,11 +348,10 @@ def test_a_template_that_opens_the_reasoning_is_completed_by_the_answer(folder, 
         batch = data.collate(processor, [Image.new("RGB", (64, 64))], prompt, [answer])
         taught = processor.tokenizer.decode(batch["labels"][batch["labels"] != -100])
         assert taught == f"{expected}<answer>[1,2,3,4]</answer><|im_end|>"
-        question = data.Prompt(None, prompt, answer, "box", None, (1000, 1000))
         completion = data.think_opening(processor) + taught.removesuffix("<|im_end|>")
-        assert grpo.format_reward(completion, question) == 1
-        assert grpo.format_reward(f"{completion}{completion}", question) == 0
-        assert grpo.format_reward(completion.removeprefix("<think>"), question) == 1
+        assert grpo.format_reward(completion, answer) == 1
+        assert grpo.format_reward(f"{completion}{completion}", answer) == 0
+        assert grpo.format_reward(completion.removeprefix("<think>"), answer) == 1
         assert data.parse_boxes(completion) == [(1, 2, 3, 4)]
 
 
