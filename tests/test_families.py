@@ -169,7 +169,7 @@ def test_a_model_that_cannot_be_trained_is_refused_in_one_line(flaw, tmp_path, m
     else:
         setattr(processor, flaw, None)
     monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda *_, **__: processor)
-    load = lambda *_, **__: model
+    load = lambda *_, **__: (model, {"missing_keys": set()})
     monkeypatch.setattr(hf.AutoModelForImageTextToText, "from_pretrained", load)
     with pytest.raises(
         InputError, match=f"{tmp_path} is a llava that .*: expected a Qwen-VL"

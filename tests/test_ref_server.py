@@ -379,14 +379,13 @@ def test_a_server_finishes_its_answer_after_a_signal(other, question, monkeypatc
 
     monkeypatch.setattr(sampler, "load_policy", lambda *_: other)
     monkeypatch.setattr(sampler, "completion_logps", interrupted)
-    with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(client.logps, *question)
-        try:
-            ref_server.main(ref_server.get_args(["--port", str(port)]))
-        finally:
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
-        assert (found.result(0.4) - score(other[0], *question)).abs().max() < 1e-5
+    get_logps = client.start(*question)
+    try:
+        ref_server.main(ref_server.get_args(["--port", str(port)]))
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+    assert (get_logps(0.4) - score(other[0], *question)).abs().max() < 1e-5
 
 
 def test_a_port_that_cannot_be_had_ends_in_one_line(port, other, monkeypatch):
