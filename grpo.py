@@ -12,7 +12,8 @@ than its siblings. One update:
    worth 1, and so is valid JSON with `--prompts sam`.
 4. **Advantage**: how much better a completion is than its group, adv = (r - mean) / (std + 1e-4). A
    group whose rewards are all alike has no signal and is dropped, which saves the time to score it.
-5. **Reference**: a server (ref_server.py) computes log p_ref of the same tokens meanwhile.
+5. **Reference**: log p_ref of the same tokens, from a server meanwhile (ref_server.py), or from the
+   policy without its updates (`--reference policy`).
 6. **Loss** per token, with d = ref_logp - logp and ratio = exp(logp - old_logp):
 
        loss = - min(ratio * adv, clip(ratio, 1 - eps_low, 1 + eps_high) * adv)

@@ -14,7 +14,8 @@
 4. **Groups.** GRPO samples and scores G completions of a prompt. They share one row with their
    prompt, so the prompt and its image are computed and stored once, not G times. `check_sharing`
    finds out at loading whether a model allows that. If not, each completion has a row of its own.
-5. **LoRA**, and the files that it is saved in.
+5. **What trains.** LoRA, or all parameters, of which each of several GPUs has a part; and the files
+   that they are saved in.
 6. **SAM.** Frozen. Box + positive points + negative points -> mask. Its image encoder is the slow
    part and runs once per image. SAM-HQ, SAM 2 and SAM 3 serve as well.
 
