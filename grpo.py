@@ -364,7 +364,8 @@ def reward_all(rollout, prompts, args, segmenter, averages):
 
 def drop_groups(rollout, rewards, adv, args, averages, keep_all=False):
     """Leave out groups whose rewards are all alike: a Rollout with advantages, or None. keep_all:
-    they stay, but no token of them counts."""
+    they stay, but no token of them counts. (Sharded weights must be gathered equally often on all
+    processes, so all need as many micro-batches.)"""
     has_signal = rewards.amax(1) - rewards.amin(1) > 1e-6  # (B,)
     averages.add("dropped", (~has_signal).sum(), len(has_signal))
     if not has_signal.any() and not keep_all:
@@ -524,11 +525,10 @@ def main(args):
         del saved
 
     draw = draw_prompts, dataset, order, processor, args.accumulate
-    executor = ThreadPoolExecutor(1)
+    executor, todo = ThreadPoolExecutor(1), range(run.done + 1, steps + 1)
     drawn = executor.submit(*draw)
 
     run.catch_signals()
-    todo = range(run.done + 1, steps + 1)
     bar = tqdm(todo, "GRPO", initial=run.done, total=steps, disable=run.rank > 0)
     for step in bar:
         averages, start, norm = Averages(), time.time(), 0.0
@@ -546,9 +546,8 @@ def main(args):
             rewards = reward_all(rollout, prompts, args, segmenter, averages)  # (B, G)
             # 4. Advantage
             adv = advantages(rewards, scale=args.loss != "dr_grpo")  # (B, G)
-            # sharded weights are gathered as often on every process
-            keep_all = is_sharded(trained)
-            rollout = drop_groups(rollout, rewards, adv, args, averages, keep_all)
+            options = args, averages, is_sharded(trained)
+            rollout = drop_groups(rollout, rewards, adv, *options)
             rollouts = split(rollout, args.group, args.batch_size) if rollout else []
         drawn = executor.submit(*draw)  # beside this update, those of the next
         # 5. Reference: a server scores a rollout while the policy scores the one before
@@ -572,10 +571,8 @@ def main(args):
                         r.ref_logp = r.get_ref_logp().to(logp.device)
                 with averages.clock("seconds_update"):
                     # 6. Loss
-                    longest = args.max_new_tokens
-                    weight = token_weights(
-                        r.mask, args.loss, completions, tokens, longest
-                    )  # (R, C)
+                    counts = completions, tokens, args.max_new_tokens
+                    weight = token_weights(r.mask, args.loss, *counts)  # (R, C)
                     loss, token_loss, kl, clipped = policy_loss(
                         logp, r.old_logp, r.ref_logp, r.adv, weight, args
                     )

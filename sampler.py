@@ -139,15 +139,7 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     adapters = [f for f in (Path(path), Path(path) / "adapter") if (f / ADAPTER_CONFIG).is_file()]
     if adapters and not (Path(path) / "config.json").is_file():
-        config = read_adapter_config(adapters[0])
-        base, expected = config["base_model_name_or_path"], config.get("base_fingerprint")
-        model, processor = load_policy(base, "cpu", dtype)  # merging on the CPU gives the same bits
-        if expected not in (None, fingerprint(model, processor, torch.bfloat16)):
-            raise InputError(f"{path} is an adapter of another model than the one in {base} now")
-        template = adapters[0] / "chat_template.jinja"
-        if template.is_file() and template.read_text() != processor.chat_template:
-            raise InputError(f"{template} is not the one of {base}: merge the adapter with PEFT")
-        merge_adapter(model, adapters[0])
+        model, processor = load_merged(adapters[0], dtype)
         return model.to(device), processor
     expected = "expected a Hugging Face folder (config.json, *.safetensors) or a hub name"
     with error_border(f"no model at {path}", expected):
@@ -175,6 +167,20 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     if not model.can_share and rank_and_world()[0] == 0:
         line = "completions cannot share a row with their prompt, which is slower"
         print(f"NOTE: {path}: {line}", file=sys.stderr)
+    return model, processor
+
+
+def load_merged(adapter, dtype):
+    """The base model of an adapter folder, with the adapter merged into it, and the processor."""
+    config = read_adapter_config(adapter)
+    base, expected = config["base_model_name_or_path"], config.get("base_fingerprint")
+    model, processor = load_policy(base, "cpu", dtype)  # merging on the CPU gives the same bits
+    if expected not in (None, fingerprint(model, processor, torch.bfloat16)):
+        raise InputError(f"{adapter} is an adapter of another model than the one in {base} now")
+    template = adapter / "chat_template.jinja"
+    if template.is_file() and template.read_text() != processor.chat_template:
+        raise InputError(f"{template} is not the one of {base}: merge the adapter with PEFT")
+    merge_adapter(model, adapter)
     return model, processor
 
 
@@ -438,8 +444,8 @@ def decode(model, processor, prefix, group, max_new_tokens, temperature):
         rows = range(len(prefix.next_position) * group)
         prefix, group = select_rows(prefix, [row // group for row in rows]), 1
     elif model.device.type == "cuda":
-        options = max_new_tokens, temperature, record_graph
-        return decode_in_steps(model, processor, prefix, group, *options)
+        options = group, max_new_tokens, temperature, record_graph
+        return decode_in_steps(model, processor, prefix, *options)
     cache, prompt_mask, next_position, hidden = prefix
     batch, device, pad = len(prompt_mask), prompt_mask.device, processor.tokenizer.pad_token_id
     ends = torch.tensor(end_ids(model, processor), device=device)
@@ -462,9 +468,8 @@ def decode(model, processor, prefix, group, max_new_tokens, temperature):
             if not needed or step + 1 == max_new_tokens:
                 break
             if needed <= 0.75 * unfinished.numel():  # else the copy costs more than it saves
-                kept, (rows, token, visible, unfinished) = drop_finished(
-                    unfinished, rows, token, visible, unfinished
-                )
+                left = rows, token, visible, unfinished
+                kept, (rows, token, visible, unfinished) = drop_finished(unfinished, *left)
                 next_position = next_position[kept]
                 cache.reorder_cache(kept)
             itself = torch.eye(token.shape[1], dtype=torch.bool, device=device)
