@@ -451,6 +451,8 @@ def test_training_is_saved_though_nobody_reads_what_it_prints(small_set, tmp_pat
     """As with `| tee log` and Ctrl-C, or a terminal that is closed."""
     reader, writer = os.pipe()
     options = {"stdout": writer, "stderr": writer, "restore_signals": False}
+    # pytest itself may have been started by nohup
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = subprocess.Popen(short_training(small_set, tmp_path), **options)
     os.close(writer)
     wait_for_lines(tmp_path / "sft/train.jsonl", 2, process)
