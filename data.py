@@ -321,13 +321,13 @@ def open_mask(path):
         missing = float(str(tags.get(NODATA, 0)).strip("\0 "))
         drawn = np.asarray(image.convert("RGBA"))  # (H, W, 4)
         mask = np.asarray(image.split()[0]) > 0
-        is_black = image.mode == "P" and (drawn[..., :3].any(2) != mask).any()
+        is_drawn_otherwise = image.mode == "P" and (drawn[..., :3].any(2) != mask).any()
         for is_wrong, found in (
             (tags.get(COMPRESSION, 1) not in LOSSLESS, "compressed with loss"),
             (not colours, "more than two values"),
             (len(values) == 2 and all(values) == any(values), f"values {values}"),
             (missing and missing in values, f"{missing:g} means that the value is missing"),
-            (is_black, "a palette in which 0 is not black, or another colour is"),
+            (is_drawn_otherwise, "a palette in which 0 is not black, or another colour is"),
             ((mask & (drawn[..., 3] == 0)).any(), "a target that is transparent"),
         ):
             if is_wrong:

@@ -339,7 +339,8 @@ def sample(model, processor, inputs, args, averages):
     rows = [row[kept].tolist() for row, kept in zip(ids, mask)]
     truncated = torch.tensor([row[-1] not in ends for row in rows])
     rows = [row if cut else row[:-1] for row, cut in zip(rows, truncated)]
-    texts = [data.think_opening(processor) + tokenizer.decode(row) for row in rows]
+    opening = data.think_opening(processor)
+    texts = [opening + tokenizer.decode(row) for row in rows]
     averages.add("length", mask.sum(), len(rows))
     averages.add("truncated", truncated.sum(), len(rows))
     averages.add("prompt_tokens", inputs["attention_mask"].sum())

@@ -136,6 +136,7 @@ class Reference:
         return self.executor.submit(self.logps, tensors).result
 
     def logps(self, tensors):
+        """The answer of the next server to one question."""
         url, self.turn = self.urls[self.turn % len(self.urls)], self.turn + 1
         content = self.request(url, "/logps", save(tensors))
         with error_border(f"{url} did not answer with logps", self.remedy):

@@ -145,11 +145,7 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     with error_border(f"no model at {path}", expected):
         safe = {"trust_remote_code": False}  # else transformers asks, and waits for an answer
         processor = AutoProcessor.from_pretrained(path, **safe)
-        safe |= {"use_safetensors": True, "output_loading_info": True}
-        model_class = AutoModelForImageTextToText
-        model, loading = model_class.from_pretrained(path, dtype=dtype, **safe)
-        if loading["missing_keys"]:  # transformers draws them at random
-            raise LookupError(f"it has no {min(loading['missing_keys'])}")
+        model = load_weights(AutoModelForImageTextToText, path, dtype=dtype, **safe)
     if model.config.model_type == "llava":
         disable_center_crop(model, processor)
     model = model.to(device).eval()
@@ -168,6 +164,16 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
         line = "completions cannot share a row with their prompt, which is slower"
         print(f"NOTE: {path}: {line}", file=sys.stderr)
     return model, processor
+
+
+def load_weights(model_class, path, **options):
+    """model_class.from_pretrained, from safetensors alone; LookupError if the file lacks weights,
+    which transformers would draw at random."""
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    model, loading = model_class.from_pretrained(path, **options)
+    if loading["missing_keys"]:
+        raise LookupError(f"it has no {min(loading['missing_keys'])}")
+    return model
 
 
 def load_merged(adapter, dtype):
@@ -779,7 +785,7 @@ def check_sharing(model, processor):
         *sampled, logp = decode(model, processor, prefix, 2, 3, temperature=0)
         return after, scored, logp - completion_logps(model, prompt, *sampled)
 
-    def are_right(found):
+    def are_close(found, right):
         gap = max((a - b).abs().mean() for a, b in zip(found, right))
         rounding = 1e-4 if model.dtype == torch.float32 else 0.15  # of the spread of log-probs
         return bool(gap < rounding * right[0].std())
@@ -788,7 +794,7 @@ def check_sharing(model, processor):
         model.can_share = False
         own = model(**to_device(alone, model)).logits[:, -1].float().log_softmax(-1)
         right = own, log_probs(alone, alone)[1], torch.zeros(2, 1, device=model.device)
-        if not are_right(log_probs(prompt, prompt)):
+        if not are_close(log_probs(prompt, prompt), right):
             raise LookupError("a token's log-probs depend on how they are computed")
         # no state (Qwen3.5), no window: it may be longer than this prompt
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -797,7 +803,7 @@ def check_sharing(model, processor):
             found = log_probs(prompt, first, second)
             changed = completion_logps(model, prompt, other, everywhere)  # the first of the two
             leak = (changed - found[1])[1].abs().mean()
-            model.can_share = are_right(found) and bool(leak < 0.005 * right[0].std())
+            model.can_share = are_close(found, right) and bool(leak < 0.005 * right[0].std())
     if not model.can_share:
         language.set_attn_implementation(implementation)
 
@@ -889,11 +895,11 @@ def run(function, model, *args):
 @contextmanager
 def gathered(model):
     """Inside, a sharded model has all of its weights on every process."""
-    parts = [m for m in model.modules() if hasattr(m, "unshard")]
-    parts = [] if torch.is_inference_mode_enabled() else parts  # a nested call
-    for part in parts[::-1]:
-        part.set_reshard_after_forward(False, recurse=False)
+    is_nested = torch.is_inference_mode_enabled()
+    is_whole = not hasattr(model, "run") or is_nested
+    parts = [] if is_whole else [m for m in model.modules() if hasattr(m, "unshard")]
     for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     yield
     for part in parts:
@@ -1059,15 +1065,11 @@ class HubPredictor:
         # SAM 2 and 3 are published as video models, and transformers warns of each
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        options = {"use_safetensors": True, "output_loading_info": True}
         with error_border(f"--sam_ckpt {path} cannot be loaded", f"expected one of {[*HUB_SAMS]}"):
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
             kind = HUB_SAMS[config.model_type]
             self.processor = getattr(transformers, f"{kind}Processor").from_pretrained(path)
-            model_class = getattr(transformers, f"{kind}Model")
-            model, loading = model_class.from_pretrained(path, dtype=torch.float32, **options)
-            if loading["missing_keys"]:
-                raise LookupError(f"it has no {min(loading['missing_keys'])}")
+            model = load_weights(getattr(transformers, f"{kind}Model"), path, dtype=torch.float32)
         self.model, self.device = model.to(device).eval().requires_grad_(False), device
         self.transform = self
 

@@ -41,8 +41,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -152,7 +150,7 @@ def add_common_flags(parser, defaults):
         help="of data order, tasks, jitter and sampling",
     )
     add("--log_dir", default="runs", help="results go to <log_dir>/<version_name>")
-    add("--merge", action=on_off, default=True, help="write merged weights beside the adapter")
+    add("--merge", action=on_off, default=True, help="write merged weights, too, at the end")
     add("--save_step", type=count, help="save every so many updates, and at the end")
     add("--save_minutes", type=positive, default=15, help="and after so many minutes")
     add("--keep", type=count, default=2, help="checkpoints that stay")
@@ -375,7 +373,7 @@ class Run:
         if self.rank == 0:
             own |= {"step": step, "before": before, "settings": self.settings}
             own["skipped"] = self.skipped, self.skipped_in_a_row
-        whole = get_model_state_dict(model, options=WHOLE) if shards and is_last else None
+        whole = whole_state(model) if shards and is_last else None
         new = self.folder / "checkpoints" / "new"
         if self.rank == 0:
             with self.writing(self.folder):
@@ -384,7 +382,7 @@ class Run:
                     sampler.save_adapter(model, *names)
                 if is_last and (self.args.merge or not self.args.lora_rank):
                     sampler.save_policy(model, processor, self.folder, whole)
-                else:  # merged weights of before --no-merge would be loaded instead of the adapter
+                else:  # an older model in this folder would be loaded instead of the adapter
                     (self.folder / "config.json").unlink(missing_ok=True)
                 shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while saving
                 new.mkdir(parents=True)
@@ -449,21 +447,31 @@ class Run:
             dist.destroy_process_group()
 
 
-# FSDP2 (see sampler.shard_parameters): a process has a part of each parameter, as a DTensor.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# FSDP2 (see sampler.shard_parameters): a process has a part of each parameter, as a DTensor. What
+# torch has for that is imported where it is needed, as the import takes a second.
 
 
 def is_sharded(tensors):
-    return any(isinstance(tensor, DTensor) for tensor in tensors)
+    return any(hasattr(tensor, "to_local") for tensor in tensors)
 
 
 def local_part(tensor):
     """This process's part of a tensor; one that is not sharded as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded([tensor]) else tensor
+
+
+def whole_state(model):
+    """All weights of a sharded model, for process 0; {} for the others. All processes call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
 
 
 def as_part_of(parameter, local):
     """A DTensor like a sharded parameter, of which this process has the part `local`."""
+    from torch.distributed.tensor import DTensor
+
     options = {"shape": parameter.shape, "stride": parameter.stride()}
     return DTensor.from_local(local, parameter.device_mesh, parameter.placements, **options)
 
