@@ -68,8 +68,8 @@ from sft import Run, add_common_flags, fill_defaults, is_sharded
 # (the recipe for an 8 B model, the demo)
 DEFAULTS = dict(
     lr=(1e-5, 1e-3),
-    batch_size=(1, 16),
-    accumulate=(8, 1),
+    batch_size=(4, 16),
+    accumulate=(2, 1),
     max_step=(0, 110),
     think_ratio=(0.5, 0.7),
     max_new_tokens=(256, 112),

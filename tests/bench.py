@@ -253,16 +253,14 @@ def our_steps(folder, samples, steps, prompts, length):
     return [line["seconds"] for line in lines], [line["length"] for line in lines]
 
 
-def trl_steps(folder, samples, steps, prompts, length):
+def trl_steps(folder, model, processor, asked, steps, length, **options):
     """The same of TRL's GRPOTrainer: model, prompts, G, lengths, rewards, beta, LoRA."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    model, processor = sampler.load_policy()
     processor.tokenizer.padding_side = "left"  # what it expects of a processor
-    asked = draw_prompts(samples, "box", think=0.5)
     rows = [
         {"prompt": [{"role": "user", "content": prompt.text}], "image": prompt.image, "index": i}
         for i, prompt in enumerate(asked)
@@ -287,16 +285,14 @@ def trl_steps(folder, samples, steps, prompts, length):
         def on_step_end(self, *_, **__):
             seconds.append(time.perf_counter() - self.start)
 
-    batch = {"per_device_train_batch_size": prompts * GROUP, "gradient_accumulation_steps": 1}
     sampling = {"num_generations": GROUP, "max_completion_length": length, "temperature": TAU}
     loss = {"beta": 0.04, "loss_type": "grpo", "learning_rate": 1e-9, "max_steps": steps}
-    cpu = {"output_dir": folder, "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     output = {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     targets = rf".*language_model.*\.({'|'.join(sampler.TARGETS)})"
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=[boxes, forms],
-        args=GRPOConfig(**batch, **sampling, **loss, **cpu, **output),
+        args=GRPOConfig(output_dir=folder, **sampling, **loss, **output, **options),
         train_dataset=Dataset.from_list(rows),
         processing_class=processor,
         peft_config=LoraConfig(r=64, lora_alpha=128, target_modules=targets),
@@ -307,6 +303,14 @@ def trl_steps(folder, samples, steps, prompts, length):
     return seconds, [length for length in lengths if length is not None]
 
 
+def trl_steps_here(folder, samples, steps, prompts, length):
+    """trl_steps of the tiny model on the CPU, with the prompts of our_steps."""
+    asked = draw_prompts(samples, "box", think=0.5)
+    options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    options |= {"per_device_train_batch_size": prompts * GROUP, "gradient_accumulation_steps": 1}
+    return trl_steps(folder, *sampler.load_policy(), asked, steps, length, **options)
+
+
 def grpo_step(args):
     if not (importlib.util.find_spec("trl") and importlib.util.find_spec("peft")):
         raise LeftOut("TRL is not installed (pip install trl peft)")
@@ -315,7 +319,7 @@ def grpo_step(args):
     seconds, lengths = ([], []), ([], [])
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(1 if args.quick else max(1, args.repeats // 2)):
-            for side, run in enumerate((our_steps, trl_steps)):
+            for side, run in enumerate((our_steps, trl_steps_here)):
                 with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
                     took, tokens = run(Path(folder), samples, *size)
                 seconds[side].extend(took[1:])  # the first step warms up
@@ -484,6 +488,7 @@ def get_args(argv=None):
     add("--json", default="runs/bench.json", help="where the figures go")
     add("--size", choices=["tiny", "2b", "4b", "8b"], default="8b", help="of the model of gpu")
     add("--device", default="cuda", help="of gpu: cuda or cpu")
+    add("--trl", action=on_off, default=False, help="gpu: an update of TRL's instead of ours")
     args = parser.parse_args(argv)
     if args.rows != ["gpu"] and (unknown := set(args.rows) - set(ROWS)):
         parser.error(f"no row {', '.join(sorted(unknown))}: expected some of {', '.join(ROWS)}")
@@ -513,7 +518,8 @@ def measure_gpu(args):
         return 0
     import bench_gpu
 
-    lines = bench_gpu.measure(args.size, args.device, args.quick)
+    measure = bench_gpu.measure_trl if args.trl else bench_gpu.measure
+    lines = measure(args.size, args.device, args.quick)
     Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     Path(args.json).write_text(json.dumps(lines, indent=2))
     return 0

@@ -8,7 +8,9 @@ has 8 prompts with an image of 1000 x 1000, and 8 completions of 256 tokens for 
 """
 
 import statistics
+import tempfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ GROUP, TAU = 8, 0.9
 
 
 def build(size, device):
-    """(model, processor) with random weights."""
+    """(model, processor) with random weights, as transformers makes them."""
     hidden, mlp, layers, heads, key_heads, depth, width, vision_mlp, deepstack = SIZES[size]
     processor = AutoProcessor.from_pretrained(sampler.TINY_VLM)
     processor.image_processor.patch_size = 16
@@ -51,10 +53,6 @@ def build(size, device):
     with torch.device(device):
         model = Qwen3VLForConditionalGeneration(config).eval()
     torch.set_default_dtype(torch.float32)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    if device == "cuda":
-        sampler.use_linear_patch_embedding(model)
-    sampler.check_sharing(model, processor)
     return model, processor
 
 
@@ -107,26 +105,53 @@ def attention_kernel(device):
     query, key = make(32, 8), make(2000, 8)
     bias = torch.zeros(2, 1, 32, 2000, device=device).bfloat16()
     attend = torch.nn.functional.scaled_dot_product_attention
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activity = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
         attend(query, key, key, attn_mask=bias)
     names = [event.key for event in profile.key_averages()]
     return [name for name in names if "attention" in name and name.startswith("aten::_")]
 
 
+def draw(quick):
+    """(images, texts, length) of an update's prompts, and of their completions."""
+    batch, length, side = (2, 6, 64) if quick else (8, 256, 1000)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
+    texts = [data.box_prompt("the large red aircraft at the top", think=True)] * batch
+    return [Image.fromarray(image) for image in pixels], texts, length
+
+
+def measure_trl(size, device, quick=False):
+    """Seconds of an update by TRL's GRPOTrainer, with the same model, prompts and completions."""
+    import bench
+
+    (model, processor), (images, texts, length) = build(size, device), draw(quick)
+    answer = data.box_answer([1, 2, 3, 4], "ship")
+    asked = [SimpleNamespace(text=t, image=i, answer=answer) for t, i in zip(texts, images)]
+    options = {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": len(texts)}
+    options |= {"use_cpu": device == "cpu", "bf16": device == "cuda"}
+    options |= {"generation_kwargs": {"min_new_tokens": length}}
+    with tempfile.TemporaryDirectory() as folder:
+        steps = bench.trl_steps(folder, model, processor, asked, 2, length, **options)
+    print(f"an update of TRL's {steps[0][-1]:.2f} s, {steps[1][-1]:.0f} tokens a completion")
+    return [{"what": "TRL's update", "seconds": steps[0][-1]}]
+
+
 def measure(size, device, quick=False):
     """Print the phases, and return them as a list of dicts."""
-    batch, length, side = (2, 6, 64) if quick else (8, 256, 1000)
     card = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
     print(f"torch {torch.__version__}, {card}")
-    print(f"attention with a bias: {', '.join(attention_kernel(device))}")
     clock, (model, processor) = Clock(device), build(size, device)
-    rng = np.random.default_rng(0)
-    image = lambda: Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-    texts = [data.box_prompt("the large red aircraft at the top", think=True)] * batch
-    collate = lambda: data.collate(processor, [image() for _ in texts], texts)
-    prompt = clock(f"draw {batch} prompts, on the CPU", collate)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # from here on, what load_policy does
+    if device == "cuda":
+        sampler.use_fused_layers(model)
+    sampler.check_sharing(model, processor)
+    print(f"attention with a bias: {', '.join(attention_kernel(device))}")
+    images, texts, length = draw(quick)
+    batch, collate = len(texts), lambda: data.collate(processor, images, texts)
+    prompt = clock(f"collate {batch} prompts, on the CPU", collate)
     start = prompt["input_ids"].shape[1]
-    args = grpo.get_args(["--lora_rank", "64"])
+    args = grpo.get_args(["--option", "RRSISD"])
     args.gradient_checkpointing = False
     trained = sampler.make_trainable(model, args, dropout=0.0)
     reference = grpo.PolicyReference(model)
@@ -165,25 +190,35 @@ def measure(size, device, quick=False):
         return True
 
     every = batch * (start + GROUP * length)
-    for checkpointing in (False, True):
+    for size, checkpointing in ((1, False), (2, False), (1, True), (4, True), (8, True)):
+        model.activation_checkpointing_disable()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        for size in (1, 2):
-            kept = "recomputed" if checkpointing else "kept"
-            name = f"score and backward, {size} at once, {kept}"
-            clock(name, lambda size=size: score(size), every, 4 * counted * every, repeats=1)
+        name = f"score and backward, {size} at once, {'recomputed' if checkpointing else 'kept'}"
+        clock(name, lambda size=size: score(size), every, 4 * counted * every, repeats=1)
     gap = found["gap"].item()
     print(f"log-probs, sampled and scored: {gap:.4f} nats a token apart")
     clock.lines.append({"what": "rollout gap", "nats": gap})
     clock("the reference inside the policy", reference.start(prompt, ids, mask, TAU), every)
+    clock("AdamW", optimizer.step)
+
+    shares = {}
+
+    def timed(phase, call):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        shares[phase] = time.perf_counter() - start
 
     def update():
-        sample()
-        reference.start(prompt, ids, mask, TAU)()
-        score(1)
-        optimizer.step()
+        timed("sampling", sample)
+        timed("reference", reference.start(prompt, ids, mask, TAU))
+        timed("scoring", lambda: score(args.batch_size))
+        timed("AdamW", optimizer.step)
         optimizer.zero_grad()
 
-    clock("AdamW", optimizer.step)
     clock("a whole update", update, tokens, repeats=1)
+    whole_time = sum(shares.values())
+    print(", ".join(f"{name} {seconds / whole_time:.0%}" for name, seconds in shares.items()))
     return clock.lines

@@ -75,6 +75,38 @@ def test_the_reference_inside_the_policy_has_the_bits_of_one_that_is_loaded(dtyp
     assert (before - expected).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("kind", families.QWEN + families.TILED)
+def test_layers_in_one_kernel_compute_what_those_of_transformers_compute(kind):
+    model, processor = families.small_policy(kind)
+    prompt = rollout(model, processor).prompt
+    before = model(**prompt).logits
+    sampler.use_fused_layers(model)
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    fused = [m for m in model.modules() if "forward" in vars(m)]
+    assert set(norms) <= set(fused) or kind == "Qwen3_5"  # its norms have another formula
+    assert (model(**prompt).logits - before).abs().max() < 1e-4 * before.abs().max()
+
+
+def test_float32_weights_that_compute_in_bfloat16_may_share_rows(monkeypatch):
+    """As full fine-tuning has them on CUDA: its rounding is that of bfloat16."""
+    monkeypatch.setattr(sampler, "is_half", lambda model: True)
+    model, _ = sampler.load_policy()
+    assert model.can_share and model.dtype == torch.float32
+
+
+def test_processes_of_a_machine_load_one_after_another(monkeypatch):
+    barriers = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: barriers.append(1))
+    for rank in range(3):
+        barriers.clear()
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        with sampler.in_turns(True):
+            assert len(barriers) == rank
+        assert len(barriers) == 3
+
+
 class Recordable(TorchDispatchMode):
     """Raises for what a CUDA graph cannot record: values on the CPU, shapes that depend on them."""
 
