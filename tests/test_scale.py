@@ -1,11 +1,16 @@
 """What makes large models fast: regrouped rollouts, a reference inside the policy."""
 
+import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import families
 import pytest
 import torch
+from conftest import ROOT, TINY, timeless
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -148,3 +153,52 @@ def test_steps_of_one_shape_sample_what_the_growing_cache_samples(kind, lora):
         found.append(function(model, processor, prefix, GROUP, 20, 0, *options))
     for one, other in zip(*found):
         assert torch.allclose(one.float(), other.float(), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_sharded_parameters_are_updated_as_those_of_one_process(
+    run, small_set, tmp_path, processes
+):
+    common = f"--model_path {TINY} --data_root {small_set} --lora_rank 0 --lr 1e-4 --max_step 5"
+    for count in (1, processes):
+        size = f"--batch_size {4 // count} --accumulate 1 --val_limit 0 --version_name {count}"
+        run(f"sft.py {common} {size}", count)
+    paths = [tmp_path / "runs" / str(count) / "model.safetensors" for count in (1, processes)]
+    one, other = map(load_file, paths)
+    base = load_file(f"{TINY}/model.safetensors")
+    norm = lambda tensors: sum((t.double() ** 2).sum() for t in tensors) ** 0.5
+    moved = norm(one[k] - base[k] for k in base)
+    assert norm(one[k] - other[k] for k in base) < 1e-3 * moved
+
+
+SHORT = "--accumulate 1 --max_step 5 --batch_size 2 --val_limit 6 --save_step 2"
+STAGES = [
+    f"sft.py --model_path {TINY} {SHORT}",
+    f"sft.py --model_path {TINY} {SHORT} --lora_rank 0 --lr 1e-4 --version_name full",
+    f"grpo.py {SHORT} --max_new_tokens 40",
+    f"grpo.py {SHORT} --max_new_tokens 40 --lora_rank 0 --lr 1e-5 --version_name all",
+    "eval.py --use_think",
+]
+
+
+@pytest.mark.slow
+def test_two_machines_are_one_with_as_many_processes(small_set, tmp_path):
+    """Each has its own torchrun and reference server."""
+    found = {}
+    for nodes in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"--master_addr 127.0.0.1 --master_port {free.getsockname()[1]}"
+        common = f"--data_root {small_set} --log_dir {tmp_path / str(nodes)}"
+        torchrun = f"-m torch.distributed.run --nnodes {nodes} --nproc_per_node {2 // nodes}"
+        for command in STAGES:
+            command = f"{torchrun} {address} --node_rank NODE {ROOT}/{command} {common}"
+            started = [
+                subprocess.Popen([sys.executable, *command.replace("NODE", str(node)).split()])
+                for node in range(nodes)
+            ]
+            assert [process.wait(300) for process in started] == [0] * nodes, command
+        logs = sorted(tmp_path.glob(f"{nodes}/*/*.jsonl"))
+        found[nodes] = [timeless(data.read_jsonl(path)) for path in logs]
+    assert found[1] == found[2] and len(found[1]) == 5
