@@ -1125,8 +1125,8 @@ class PromptSampler(Iterator):
     """Endless keys of a PromptDataset: this process's next micro-batch, epoch after epoch.
 
     All processes draw the same shuffled epochs and take neighbouring slices of each global batch.
-    The last batch of an epoch is filled up from its start. A micro-batch has one task: point
-    prompts are several times as long, and box prompts would be padded to their length.
+    The last batch of an epoch is filled up from its start. A micro-batch of SFT has one task:
+    point prompts are several times as long, and box prompts would be padded to their length.
     """
 
     def __init__(self, counts, args, rank=0, world=1):

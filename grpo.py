@@ -417,7 +417,7 @@ def score(model, r, args, averages, threads):
     with averages.clock("seconds_scoring"):
         torch.set_num_threads(threads)
         question = r.prompt, r.completions, r.mask, args.temperature
-        logp = sampler.run(sampler.completion_logps, model, *question)
+        logp = sampler.call(sampler.completion_logps, model, *question)
         torch.set_num_threads(usual)
     return logp
 
@@ -432,7 +432,7 @@ def start_reference(args, run):
         threads = max(1, threads // 2)
     if run.local_rank > 0:
         return None, threads
-    dtype = str(run.dtype).removeprefix("torch.")
+    dtype = str(run.reference_dtype).removeprefix("torch.")
     return ref_server.start_child(args.model_path, device, dtype, threads), threads
 
 
@@ -448,7 +448,8 @@ def connect_reference(args, run, child, model, processor):
             own, ports = ports[0], [None] * run.world
             dist.all_gather_object(ports, own)
         urls = [f"http://127.0.0.1:{ports[run.rank - run.local_rank]}"]
-    identity = ref_server.model_identity(model, processor, args.model_path)
+    dtype = run.reference_dtype
+    identity = ref_server.model_identity(model, processor, args.model_path, dtype)
     run.print0(f"reference: {', '.join(urls)}")
     return ref_server.Reference(urls, identity, run.rank, args.ref_patience, child)
 
@@ -503,11 +504,11 @@ def main(args):
     segmenter = sampler.Segmenter(args.sam_ckpt, run.device) if "mask" in args.reward else None
     reference = connect_reference(args, run, child, model, processor)
     saved = run.resume(model, processor, train + val)
-    before = saved["before"] if saved else run.validate(model, processor, val)
 
     # What is trained. NOTE: no dropout, which would move the ratio off 1 by chance.
     torch.manual_seed(args.seed + run.rank)
     trained = sampler.make_trainable(model, args, dropout=0.0)
+    before = saved["before"] if saved else run.validate(model, processor, val)
     if args.beta and args.reference == "policy":
         reference = PolicyReference(model)
     optimizer = run.make_optimizer(trained)

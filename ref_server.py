@@ -78,13 +78,14 @@ def reference_token():
     return token
 
 
-def model_identity(model, processor, path):
-    """What /health answers, and what a client expects of its reference."""
+def model_identity(model, processor, path, dtype=None):
+    """What /health answers, and what a client expects of its reference: this model, or the same
+    one in another `dtype`."""
     return {
         "model": str(path),
-        "fingerprint": sampler.fingerprint(model, processor),
+        "fingerprint": sampler.fingerprint(model, processor, dtype),
         "vocab_size": model.get_input_embeddings().num_embeddings,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(dtype or model.dtype).removeprefix("torch."),
     }
 
 

@@ -113,9 +113,12 @@ def is_confident(probs, threshold=0.9):
 
 
 def check_device(device):
-    """InputError if torch cannot put a tensor on `device`."""
+    """InputError if torch cannot put a tensor on `device`. A GPU becomes the current one, on which
+    streams and graphs are made."""
     with error_border(f"--device {device} cannot be used", "--device cpu works"):
         torch.empty(0, device=device)
+    if str(device).startswith("cuda:"):
+        torch.cuda.set_device(device)
 
 
 def load_policy(path=TINY_VLM, device="cpu", dtype=None):
@@ -136,13 +139,17 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     if not is_hub_model(path):
         hint = f"python sft.py writes runs/sft; the base model is {TINY_VLM}"
         raise InputError(f"no model at {path}: that folder does not exist ({hint})")
-    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    is_cuda = torch.device(device).type == "cuda"
+    dtype = dtype or (torch.bfloat16 if is_cuda else torch.float32)
     adapters = [f for f in (Path(path), Path(path) / "adapter") if (f / ADAPTER_CONFIG).is_file()]
     if adapters and not (Path(path) / "config.json").is_file():
-        model, processor = load_merged(adapters[0], dtype)
-        return model.to(device), processor
+        with in_turns(is_cuda):
+            model, processor = load_merged(adapters[0], dtype)
+            model = model.to(device)
+        if is_cuda:
+            use_fused_layers(model)
+        return model, processor
     expected = "expected a Hugging Face folder (config.json, *.safetensors) or a hub name"
-    is_cuda = torch.device(device).type == "cuda"
     with error_border(f"no model at {path}", expected), in_turns(is_cuda):
         safe = {"trust_remote_code": False}  # else transformers asks, and waits for an answer
         processor = AutoProcessor.from_pretrained(path, **safe)
@@ -465,7 +472,9 @@ def decode(model, processor, prefix, group, max_new_tokens, temperature):
         rows = range(len(prefix.next_position) * group)
         prefix, group = select_rows(prefix, [row // group for row in rows]), 1
     elif model.device.type == "cuda":
-        options = group, max_new_tokens, temperature, record_graph
+        # NOTE: FSDP2 uses streams of its own, which a graph cannot record
+        record = None if hasattr(model, "sharded_call") else record_graph
+        options = group, max_new_tokens, temperature, record
         return decode_in_steps(model, processor, prefix, *options)
     cache, prompt_mask, next_position, hidden = prefix
     batch, device, pad = len(prompt_mask), prompt_mask.device, processor.tokenizer.pad_token_id
@@ -524,7 +533,7 @@ def decode_in_steps(model, processor, prefix, group, max_new_tokens, temperature
         ids = torch.full((batch * group, max_new_tokens), pad, device=device)
         mask, logp = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(ids.shape, device=device)
         unfinished = torch.ones(batch * group, 1, dtype=torch.bool, device=device)
-        number = torch.zeros(1, dtype=torch.long, device=device)  # of the step
+        step_number = torch.zeros(1, dtype=torch.long, device=device)
         columns = start + torch.arange(group, device=device)  # of its tokens in the cache
         for i, layer in enumerate(cache.layers):
             cache.layers[i] = StaticLayer(total)
@@ -534,12 +543,12 @@ def decode_in_steps(model, processor, prefix, group, max_new_tokens, temperature
 
         def step():
             token, token_logp = sample_token(model.lm_head(hidden), temperature, banned)  # (B*G, 1)
-            ids.index_copy_(1, number, token.masked_fill(~unfinished, pad))
-            mask.index_copy_(1, number, unfinished)
-            logp.index_copy_(1, number, token_logp.masked_fill(~unfinished, 0.0))
+            ids.index_copy_(1, step_number, token.masked_fill(~unfinished, pad))
+            mask.index_copy_(1, step_number, unfinished)
+            logp.index_copy_(1, step_number, token_logp.masked_fill(~unfinished, 0.0))
             unfinished.logical_and_((token != ends).all(1, keepdim=True))
             bias.scatter_(3, columns.view(1, 1, -1, 1).expand(batch, 1, -1, 1), 0.0)
-            position = (next_position + number)[:, None].expand(batch, group)
+            position = (next_position + step_number)[:, None].expand(batch, group)
             out = model.model(
                 input_ids=token.view(batch, group),
                 attention_mask=bias,
@@ -549,7 +558,7 @@ def decode_in_steps(model, processor, prefix, group, max_new_tokens, temperature
             )
             hidden.copy_(out.last_hidden_state.flatten(0, 1))
             columns.add_(group)
-            number.add_(1)
+            step_number.add_(1)
 
         repeat = step
         for done in range(1, max_new_tokens + 1):
@@ -564,12 +573,18 @@ def decode_in_steps(model, processor, prefix, group, max_new_tokens, temperature
 
 def record_graph(step):
     """Record what a step launches on the GPU, without running it: a function that runs it."""
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    random = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = random.clone_state()
     try:
         # another thread may use the GPU meanwhile
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # torch leaves these two as they were while recording
+        random.graphsafe_set_state(state)
         line = f"sampling is slower, as a step cannot be recorded: {one_line(error)}"
         warnings.warn(line, stacklevel=2)
         return step
@@ -884,43 +899,47 @@ def make_trainable(model, args, dropout):
 def shard_parameters(model):
     """Keep a part of every parameter on each process (FSDP2). A layer's weights are gathered before
     it runs and given up after that; gradients are summed over all processes, and each gets its
-    part. What `run` runs from now on counts as a forward pass."""
+    part. What `call` calls from now on counts as a forward pass."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.fsdp import register_fsdp_forward_method as wrap
 
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    half = torch.bfloat16 if model.device.type == "cuda" else None
-    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(half, cast_forward_inputs=False)}
+    half = torch.bfloat16 if is_half(model) else None  # gradients are summed in float32
+    precision = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+    options = {"mesh": mesh, "mp_policy": precision}
     layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     for module in [*layers, model]:
         fully_shard(module, **options)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    model.run = lambda function, *args: function(model, *args)
-    wrap(model, "run")
-    model.run(lambda model: None)  # the first one to run is taken for the whole model
+    model.sharded_call = lambda function, *args: function(model, *args)
+    wrap(model, "sharded_call")
+    model.sharded_call(lambda model: None)  # the first one to run is taken for the whole model
     model.reshard()
 
 
-def run(function, model, *args):
+def call(function, model, *args):
     """function(model, *args); where the model is sharded, with its weights gathered."""
-    return model.run(function, *args) if hasattr(model, "run") else function(model, *args)
+    sharded = getattr(model, "sharded_call", None)
+    return sharded(function, *args) if sharded else function(model, *args)
 
 
 @contextmanager
 def gathered(model):
     """Inside, a sharded model has all of its weights on every process."""
     is_nested = torch.is_inference_mode_enabled()
-    is_whole = not hasattr(model, "run") or is_nested
+    is_whole = not hasattr(model, "sharded_call") or is_nested
     parts = [] if is_whole else [m for m in model.modules() if hasattr(m, "unshard")]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
-    yield
-    for part in parts:
-        part.set_reshard_after_forward(part is not model, recurse=False)
-        part.reshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
 
 
 def merger_names(model):
@@ -1259,7 +1278,7 @@ def in_turns(needed):
     if not (needed and dist.is_initialized()):
         yield
         return
-    for turn in range(int(os.environ["LOCAL_WORLD_SIZE"])):
+    for turn in range(dist.get_world_size()):
         if turn == int(os.environ["LOCAL_RANK"]):
             yield
         dist.barrier()
@@ -1331,7 +1350,7 @@ def run_script(main, get_args):
         # an error in a data worker arrives as its whole traceback, the message last
         line = str(error).strip().rpartition("\n")[-1].removeprefix("sampler.InputError: ")
         if isinstance(error, torch.OutOfMemoryError):
-            line = "a lower --batch_size, --gradient_checkpointing or a smaller model needs less"
+            line = "a lower --batch_size or --accumulate, or --gradient_checkpointing, needs less"
             line = f"not enough memory on the GPU ({one_line(error)[:99]}): {line}"
         elif line.startswith("DataLoader worker"):
             line += " (if memory is short, fewer --workers help)"

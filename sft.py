@@ -196,10 +196,10 @@ class Run:
         self.rank, self.world, self.local_rank, self.device = joined
         sampler.check_device(self.device)
         self.is_cuda = self.device.startswith("cuda")
-        if self.is_cuda:
-            torch.cuda.set_device(self.device)
         # full fine-tuning needs float32 weights: updates of 1e-5 vanish in bfloat16
         self.dtype = torch.bfloat16 if self.is_cuda and args.lora_rank else torch.float32
+        # those of several processes are gathered in bfloat16 (sampler.shard_parameters)
+        self.reference_dtype = torch.bfloat16 if self.is_cuda and self.world > 1 else self.dtype
         self.done, self.skipped, self.skipped_in_a_row = 0, 0, 0  # updates
         self.signal = 0  # the number of the signal that came, if any
         self.saved_at = time.time()
@@ -465,7 +465,10 @@ def whole_state(model):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options)
+    state = get_model_state_dict(model, options=options)
+    if model.lm_head.weight is model.get_input_embeddings().weight:
+        state.pop("lm_head.weight", None)  # the same tensor
+    return state
 
 
 def as_part_of(parameter, local):
@@ -515,11 +518,11 @@ def main(args):
     model, processor = sampler.load_policy(args.model_path, run.device, run.dtype)
     run.print0(f"model: {args.model_path}, {len(train)} refs of {args.option}/{args.split}")
     saved = run.resume(model, processor, train + val)
-    before = saved["before"] if saved else run.validate(model, processor, val)
 
     # 2. What is trained.
     torch.manual_seed(args.seed + run.rank)
     trained = sampler.make_trainable(model, args, args.lora_dropout)
+    before = saved["before"] if saved else run.validate(model, processor, val)
     optimizer = run.make_optimizer(trained)
     per_update = args.batch_size * run.world * args.accumulate
     steps = args.max_step or math.ceil(args.epochs * len(train) / per_update)
@@ -564,9 +567,9 @@ def main(args):
         for _ in range(args.accumulate):
             arrays = next(batches)
             batch = {key: torch.from_numpy(a).to(run.device) for key, a in arrays.items()}
-            tokens = int(batch["attention_mask"].sum())
+            tokens = int(arrays["attention_mask"].sum())
             with sampler.mixed_precision(model):
-                loss, answer_tokens = sampler.run(answer_loss, model, batch)
+                loss, answer_tokens = sampler.call(answer_loss, model, batch)
             loss.backward()
             sums = [a + b for a, b in zip(sums, (loss.item(), answer_tokens, tokens))]
         loss, answer_tokens, tokens, stopping, is_due = run.sum([*sums, run.signal, run.is_due()])

@@ -155,6 +155,9 @@ def measure(size, device, quick=False):
     args.gradient_checkpointing = False
     trained = sampler.make_trainable(model, args, dropout=0.0)
     reference = grpo.PolicyReference(model)
+    for module in model.modules():
+        if isinstance(module, sampler.LoRALinear):  # as it is after some updates
+            torch.nn.init.normal_(module.lora_B.weight, std=1e-3)
     optimizer = torch.optim.AdamW(trained, 1e-5, fused=device == "cuda")
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     print(f"{weights:.1f} GB of weights and LoRA; P = {start}, C = {length}, G = {GROUP}")
@@ -173,21 +176,36 @@ def measure(size, device, quick=False):
         )
         clock(f"prefill and decode by {name}", decode, tokens, repeats=1)
     sample = lambda: sampler.sample_group(*options, prompt, GROUP, length, TAU)
-    ids, mask, logp = clock("sample_group, the whole of it", sample, tokens, repeats=1)
+    sampled = clock("sample_group, the whole of it", sample, tokens, repeats=1)
+    if sampled is None:  # out of memory
+        return clock.lines
 
     # scoring: 2 N FLOPs of the N weights forward, 2 N backward, as LoRA's base has no gradients
     layers = sampler.language_model(model).layers
     counted = sum(p.numel() for n, p in layers.named_parameters() if ".lora_" not in n)
-    adv = torch.randn(batch * GROUP, 1, device=device)
-    whole = grpo.Rollout(prompt, ids, mask, logp, [], None, adv=adv)
-    found = {}
+    whole = grpo.Rollout(prompt, *sampled, [], None, adv=torch.randn(batch * GROUP, 1).to(device))
+    seconds = dict.fromkeys(["sampling", "reference", "scoring", "AdamW"], 0.0)
 
-    def score(size):
+    def timed(phase, call):
+        begin = time.perf_counter()
+        result = call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds[phase] += time.perf_counter() - begin
+        return result
+
+    def learn(r, logp, ref_logp):
+        weight = grpo.token_weights(r.mask, args.loss, batch * GROUP, tokens, length)
+        grpo.policy_loss(logp, logp.detach(), ref_logp, r.adv, weight, args)[0].backward()
+
+    def score(size, penalty=False):
+        """Steps 5 and 6 of grpo.py; the mean distance to the log-probs of sampling."""
         for r in grpo.split(whole, GROUP, size):
-            logp = sampler.completion_logps(model, r.prompt, r.completions, r.mask, TAU)
-            (logp * r.adv).sum().backward()
-        found["gap"] = ((logp - r.rollout_logp).abs() * r.mask).sum() / r.mask.sum()
-        return True
+            question = r.prompt, r.completions, r.mask, TAU
+            logp = timed("scoring", lambda q=question: sampler.completion_logps(model, *q))
+            ref_logp = timed("reference", reference.start(*question)) if penalty else logp.detach()
+            timed("scoring", lambda r=r, x=logp, ref=ref_logp: learn(r, x, ref))
+        return ((logp - r.rollout_logp).abs() * r.mask).sum().item() / r.mask.sum().item()
 
     every = batch * (start + GROUP * length)
     for size, checkpointing in ((1, False), (2, False), (1, True), (4, True), (8, True)):
@@ -195,30 +213,20 @@ def measure(size, device, quick=False):
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         name = f"score and backward, {size} at once, {'recomputed' if checkpointing else 'kept'}"
-        clock(name, lambda size=size: score(size), every, 4 * counted * every, repeats=1)
-    gap = found["gap"].item()
+        gap = clock(name, lambda size=size: score(size), every, 4 * counted * every, repeats=1)
     print(f"log-probs, sampled and scored: {gap:.4f} nats a token apart")
     clock.lines.append({"what": "rollout gap", "nats": gap})
-    clock("the reference inside the policy", reference.start(prompt, ids, mask, TAU), every)
+    clock("the reference inside the policy", reference.start(prompt, *sampled[:2], TAU), every)
     clock("AdamW", optimizer.step)
 
-    shares = {}
-
-    def timed(phase, call):
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        shares[phase] = time.perf_counter() - start
-
     def update():
+        seconds.update(dict.fromkeys(seconds, 0.0))
         timed("sampling", sample)
-        timed("reference", reference.start(prompt, ids, mask, TAU))
-        timed("scoring", lambda: score(args.batch_size))
+        score(args.batch_size, penalty=True)
         timed("AdamW", optimizer.step)
         optimizer.zero_grad()
 
     clock("a whole update", update, tokens, repeats=1)
-    whole_time = sum(shares.values())
-    print(", ".join(f"{name} {seconds / whole_time:.0%}" for name, seconds in shares.items()))
+    total = sum(seconds.values())
+    print(", ".join(f"{name} {part / total:.0%}" for name, part in seconds.items()))
     return clock.lines

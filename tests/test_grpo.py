@@ -249,15 +249,17 @@ RUNS = {
     "all parameters": "--max_step 2 --lr 1e-4 --warmup 0 --lora_rank 0 --beta 0",
     # in the first update, the second process has no group to use; in the second, its loss is nan
     "trouble": "--max_step 3 --mu 2 --beta 0",
+    "trouble of all parameters": "--max_step 3 --mu 2 --beta 0 --lora_rank 0 --lr 1e-4",
 }
 
 
 def train_by_prompt(name, options, folder):
     """The run `name`, whose first summed gradients go to a file."""
     rank, gradients = os.environ.get("RANK", "0"), folder / f"{name}.safetensors"
-    whole_sample, drop_groups = sampler.sample_group, grpo.drop_groups
+    whole_sample, reward_all = sampler.sample_group, grpo.reward_all
     clip, policy_loss = torch.nn.utils.clip_grad_norm_, grpo.policy_loss
-    idle, factors = iter([True]), iter([math.nan, math.nan])  # as --mu 2 updates twice
+    # --mu 2 updates twice; sharded weights score a group without signal, too
+    idle, factors = iter([True]), iter([1.0, 1.0] * ("parameters" in name) + [math.nan] * 2)
 
     def sample_group(model, processor, prompt, group, longest, temperature):
         parts = []
@@ -277,9 +279,9 @@ def train_by_prompt(name, options, folder):
             save_file(grads, gradients)
         return clip(parameters, limit)
 
-    def drop_the_first(*args):
-        rollout = drop_groups(*args)
-        return None if next(idle, False) else rollout
+    def alike_at_first(*args):
+        rewards = reward_all(*args)
+        return torch.ones_like(rewards) if next(idle, False) else rewards
 
     def spoilt_loss(*args):
         loss, *parts = policy_loss(*args)
@@ -288,8 +290,8 @@ def train_by_prompt(name, options, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "sample_group", sample_group)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", keep_gradients)
-        if name == "trouble" and rank == "1":
-            patch.setattr(grpo, "drop_groups", drop_the_first)
+        if name.startswith("trouble") and rank == "1":
+            patch.setattr(grpo, "reward_all", alike_at_first)
             patch.setattr(grpo, "policy_loss", spoilt_loss)
         common = ["--model_path", TINY, "--log_dir", str(folder), "--version_name", name]
         grpo.main(grpo.get_args([*common, *SHORT.split(), *options, *RUNS[name].split()]))
@@ -330,13 +332,15 @@ def test_two_processes_take_the_step_of_one_on_the_same_groups(
     assert norm(first[k] - second[k] for k in base) < 1e-2 * norm(first.values())
 
 
-def test_a_process_without_a_usable_group_does_not_hang_the_others(two_processes):
-    lines = lines_of(two_processes / "trouble")
+@pytest.mark.parametrize("name", ["trouble", "trouble of all parameters"])
+def test_a_process_without_a_usable_group_does_not_hang_the_others(two_processes, name):
+    lines = lines_of(two_processes / name)
     assert len(lines) == 3 and lines[0]["grad_norm"] > 0 and lines[0]["skipped"] == 0
 
 
-def test_a_nan_in_one_process_makes_all_skip_the_update(two_processes):
-    lines = lines_of(two_processes / "trouble")[1:]
+@pytest.mark.parametrize("name", ["trouble", "trouble of all parameters"])
+def test_a_nan_in_one_process_makes_all_skip_the_update(two_processes, name):
+    lines = lines_of(two_processes / name)[1:]
     assert [line["skipped"] for line in lines] == [2, 2]
     assert lines[0]["grad_norm"] is None and lines[1]["grad_norm"] > 0
 

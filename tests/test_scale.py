@@ -1,13 +1,15 @@
-"""What makes large models fast: regrouped rollouts, a reference inside the policy."""
+"""What large models need: speed on GPUs, sharded parameters, several machines."""
 
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import families
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, TINY, timeless
 from PIL import Image
 from safetensors.torch import load_file
@@ -102,10 +104,10 @@ def test_float32_weights_that_compute_in_bfloat16_may_share_rows(monkeypatch):
 def test_processes_of_a_machine_load_one_after_another(monkeypatch):
     barriers = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: barriers.append(1))
     for rank in range(3):
         barriers.clear()
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         with sampler.in_turns(True):
             assert len(barriers) == rank
@@ -116,6 +118,7 @@ class Recordable(TorchDispatchMode):
     """Raises for what a CUDA graph cannot record: values on the CPU, shapes that depend on them."""
 
     FORBIDDEN = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")
+    FORBIDDEN += ("lift_fresh",)  # a new tensor from a list or number is copied to the GPU
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().partition("::")[2].partition(".")[0]
@@ -155,6 +158,25 @@ def test_steps_of_one_shape_sample_what_the_growing_cache_samples(kind, lora):
         assert torch.allclose(one.float(), other.float(), atol=1e-5)
 
 
+def test_sharded_parameters_score_with_the_bits_of_their_reference(monkeypatch):
+    """On CUDA they are gathered in bfloat16, in which grpo.py loads their reference."""
+    monkeypatch.setattr(sampler, "is_half", lambda model: True)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    reference, _ = sampler.load_policy(dtype=torch.bfloat16)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    model, processor = sampler.load_policy()
+    sampler.make_trainable(model, SimpleNamespace(**{**vars(LORA), "lora_rank": 0}), dropout=0.0)
+    r = rollout(model, processor)
+    question = r.prompt, r.completions, r.mask, 0.9
+    with torch.no_grad():
+        expected = sampler.completion_logps(reference, *question)
+    logp = sampler.call(sampler.completion_logps, model, *question)
+    logp.sum().backward()
+    dist.destroy_process_group()
+    assert torch.equal(logp, expected)
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_sharded_parameters_are_updated_as_those_of_one_process(
@@ -170,6 +192,33 @@ def test_sharded_parameters_are_updated_as_those_of_one_process(
     norm = lambda tensors: sum((t.double() ** 2).sum() for t in tensors) ** 0.5
     moved = norm(one[k] - base[k] for k in base)
     assert norm(one[k] - other[k] for k in base) < 1e-3 * moved
+
+
+def test_sampling_goes_on_where_a_step_cannot_be_recorded(monkeypatch, tiny):
+    """And the random generator, the stream and the device are as they were."""
+    calls = []
+
+    class Generator:
+        clone_state = lambda self: "as it was"
+        graphsafe_set_state = lambda self, state: calls.append(state)
+
+    @contextmanager
+    def graph(*args, **options):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    cuda = {"CUDAGraph": object, "graph": graph, "current_stream": lambda: "usual stream"}
+    cuda |= {"current_device": lambda: 0, "default_generators": [Generator()]}
+    for name, value in {**cuda, "set_stream": calls.append}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    step = lambda: None
+    with pytest.warns(match="sampling is slower.*not permitted"):
+        assert sampler.record_graph(step) is step
+    assert calls == ["usual stream", "as it was"]
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch, "empty", lambda *args, device: None)
+    sampler.check_device("cuda:1")
+    assert calls[2:] == ["cuda:1"]
 
 
 SHORT = "--accumulate 1 --max_step 5 --batch_size 2 --val_limit 6 --save_step 2"
