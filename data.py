@@ -594,6 +594,7 @@ def load_samples(option, data_root, split=None, problems=None):
         if set_key(name) not in sets:
             found = ", ".join(sorted(sets)) or "no set"
             found += f" in one of the layouts {', '.join(LAYOUTS)}"
+            found = found if Path(data_root).is_dir() else "no such folder"
             raise InputError(f"--option {name}: no such set in --data_root {data_root} ({found})")
         folder, layout, splits = sets[set_key(name)]
         read, parts = LAYOUTS[layout]
@@ -1255,7 +1256,7 @@ def warn_about_prompts(path, prompts):
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Check a data set and draw a contact sheet.")
-    add = parser.add_argument
+    add = sampler.flag_adder(parser)
     add("--option", default="demo", help="set: demo, RRSISD, refsegrs ...; several: a,b or a:2,b")
     add("--data_root", default="demo_data", help="folder that holds the data set")
     add("--log_dir", default="runs", help="the contact sheet goes to <log_dir>/<version_name>")

@@ -56,7 +56,7 @@ METRICS = (
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    add, on_off = sampler.flag_adder(parser), argparse.BooleanOptionalAction
     count, natural = number(int, 1), number(int, 0)
     positive, share = number(float, 0, 1e6), number(float, 0, 1)
     # --use_think, --use_think True and --use_think False all work, as in the published scripts
@@ -497,6 +497,7 @@ def start_or_resume(folder, args, samples, protocol):
         print(f"{len(done)} answers are in {folder}/predictions.jsonl (--no-resume starts over)")
     elif done:
         os.replace(folder / "predictions.jsonl", folder / "predictions.old.jsonl")
+        (folder / "metrics.json").unlink(missing_ok=True)
         print(f"{len(done)} answers of another run are now in {folder}/predictions.old.jsonl")
         done = set()
     settings.write_text(json.dumps({**vars(args), "state": state}))

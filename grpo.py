@@ -101,11 +101,11 @@ def get_args(argv=None):
     add("--max_new_tokens", type=count, help="limit of one completion; real lists 1024")
     # rewards
     add("--reward", default="box,point", help="what is rewarded beside the format: box,point,mask")
-    add("--box_weight", type=weight, default=1.0, help="of the boxes' IoU (default 1)")
-    add("--point_weight", type=weight, default=1.0, help="of the points' accuracy (default 1)")
-    add("--mask_weight", type=weight, default=2.0, help="of the IoU of SAM's mask (default 2)")
-    add("--json_weight", type=weight, default=1.0, help="of valid JSON, --prompts sam (default 1)")
-    add("--format_weight", type=weight, default=1.0, help="of the format (default 1)")
+    add("--box_weight", type=weight, default=1.0, help="of the boxes' IoU")
+    add("--point_weight", type=weight, default=1.0, help="of the points' accuracy")
+    add("--mask_weight", type=weight, default=2.0, help="of the IoU of SAM's mask")
+    add("--json_weight", type=weight, default=1.0, help="of valid JSON, --prompts sam")
+    add("--format_weight", type=weight, default=1.0, help="of the format")
     add("--sam_ckpt", default=str(sampler.TINY_SAM), help="SAM of --reward mask, as in eval.py")
     # loss
     add("--loss", choices=["grpo", "dr_grpo", "dapo"], default="grpo", help="weight of a token")
@@ -374,7 +374,7 @@ def drop_groups(rollout, rewards, adv, args, averages, keep_all=False):
     mask = rollout.mask & has_signal.repeat_interleave(args.group)[:, None].to(rollout.mask.device)
     if args.mask_truncated:
         mask = mask & ~rollout.truncated.to(mask.device)[:, None]
-    has_signal |= keep_all
+    has_signal |= keep_all  # from here on: what stays
     kept = has_signal.repeat_interleave(args.group)  # (R,)
     return replace(
         rollout,
@@ -412,7 +412,8 @@ def split(r, group, size):
 
 
 def score(model, r, args, averages, threads):
-    """log p of a Rollout's completions under the policy as it is now, (R, C), with gradients."""
+    """log p of a Rollout's completions under the policy as it is now, (R, C), with gradients.
+    threads: fewer while a reference on this CPU scores, too."""
     usual = torch.get_num_threads()
     with averages.clock("seconds_scoring"):
         torch.set_num_threads(threads)
@@ -476,7 +477,7 @@ def log_line(step, epoch, averages, norm, lr, run, seconds, has_reference):
     """One line of train.jsonl; see the head of this file."""
     totals = averages.totals
     line = {"step": step, "epoch": epoch, **{name: averages.mean(name) for name in MEANS}}
-    line["policy_loss"] = totals["policy_loss"]  # the weights of all tokens make it a mean
+    line["policy_loss"] = totals["policy_loss"]  # a sum over all tokens, by their weights
     line["kl"] = line["kl"] if has_reference else None
     line |= {"grad_norm": norm, "lr": lr, "skipped": run.skipped}
     line["tokens_per_s"] = (totals["prompt_tokens"] + totals["length"]) / seconds
@@ -489,10 +490,10 @@ def log_line(step, epoch, averages, norm, lr, run, seconds, has_reference):
 
 def main(args):
     # Processes, data, model, reference; with --resume, the last checkpoint.
-    start = Path(args.model_path)
+    source = Path(args.model_path)
     files = ("config.json", "adapter", sampler.ADAPTER_CONFIG)
-    if start == Path(args.log_dir) / "sft" and not any((start / name).exists() for name in files):
-        raise InputError(f"no model in {start}: run python sft.py first, or set --model_path")
+    if source == Path(args.log_dir) / "sft" and not any((source / n).exists() for n in files):
+        raise InputError(f"no model in {source}: run python sft.py first, or set --model_path")
     run = Run(args)
     train, val = data.load_for_training(args)
     child, scoring_threads = start_reference(args, run)  # it loads while the policy does
@@ -548,8 +549,8 @@ def main(args):
             rewards = reward_all(rollout, prompts, args, segmenter, averages)  # (B, G)
             # 4. Advantage
             adv = advantages(rewards, scale=args.loss != "dr_grpo")  # (B, G)
-            options = args, averages, is_sharded(trained)
-            rollout = drop_groups(rollout, rewards, adv, *options)
+            keep_all = is_sharded(trained)
+            rollout = drop_groups(rollout, rewards, adv, args, averages, keep_all)
             rollouts = split(rollout, args.group, args.batch_size) if rollout else []
         drawn = executor.submit(*draw)  # beside this update, those of the next
         # 5. Reference: a server scores a rollout while the policy scores the one before
@@ -603,7 +604,7 @@ def main(args):
         if is_last:
             run.exit_if_stopped(step, steps)
 
-    run.finish(model, processor, val, before, flags=" --use_think")
+    run.finish(model, processor, val, before, flags=" --use_think --version_name eval_think")
     if child:
         ref_server.stop_child(child)
 

@@ -53,7 +53,7 @@ TOKEN_HINT = "expected 'Authorization: Bearer ...' with this server's token: set
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
+    add = sampler.flag_adder(parser)
     add("--model_path", default="runs/sft", help="Hugging Face folder or hub name")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (set REF_TOKEN)")
     add("--port", type=int, default=59875, help="port to listen on; 0: any that is free")

@@ -356,7 +356,8 @@ def merged_inference(model):
 @contextmanager
 def without_updates(model, mergers):
     """The model as it was before training: without LoRA, and with the weights that its mergers had
-    then, {name: tensor}. Its log-probs have the bits of those of a model that is loaded anew."""
+    then, {name: tensor}. Its log-probs have the bits of those of a model that is loaded anew. All
+    is undone before a backward pass, which needs the weights of now."""
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     parameters = dict(model.named_parameters())
 
@@ -497,6 +498,7 @@ def decode(model, processor, prefix, group, max_new_tokens, temperature):
             needed = int(unfinished.any(1).sum()) * int(unfinished.sum(1).max())
             if not needed or step + 1 == max_new_tokens:
                 break
+            # the keys of completions that are dropped stay in the cache, and nobody sees them
             if needed <= 0.75 * unfinished.numel():  # else the copy costs more than it saves
                 left = rows, token, visible, unfinished
                 kept, (rows, token, visible, unfinished) = drop_finished(unfinished, *left)
@@ -504,7 +506,7 @@ def decode(model, processor, prefix, group, max_new_tokens, temperature):
                 cache.reorder_cache(kept)
             itself = torch.eye(token.shape[1], dtype=torch.bool, device=device)
             visible = torch.cat([visible, itself.expand(len(token), -1, -1)], 2)
-            bias = attention_bias(visible[:, None], model)  # (B, 1, G, P + G * steps)
+            bias = attention_bias(visible[:, None], model)  # (B, 1, G, columns of the cache)
             position = (next_position + step)[:, None].expand_as(token)
             hidden = model.model(
                 input_ids=token,
@@ -525,7 +527,7 @@ def decode_in_steps(model, processor, prefix, group, max_new_tokens, temperature
     cache, prompt_mask, next_position, hidden = prefix
     (batch, start), device = prompt_mask.shape, prompt_mask.device
     pad = processor.tokenizer.pad_token_id
-    total = math.ceil((start + group * max_new_tokens) / 8) * 8  # else all layers pad the bias
+    total = math.ceil((start + group * max_new_tokens) / 8) * 8  # else every layer pads its bias
     ends = torch.tensor(end_ids(model, processor), device=device)
     banned = torch.tensor(vision_token_ids(model, processor), dtype=torch.long, device=device)
     with merged_inference(model):
@@ -741,17 +743,18 @@ def completion_logps(model, prompt, completions, mask, temperature=1.0):
     if not shares_prefix(model):
         prompt, group = select_prompts(prompt, [row // group for row in range(rows)]), 1
     positions, next_position = prompt_positions(model, prompt)
-    ids, attention = prompt.pop("input_ids"), prompt.pop("attention_mask")  # (B, P)
+    ids, exists = prompt.pop("input_ids"), prompt.pop("attention_mask")  # (B, P)
     (batch, start), packed = ids.shape, group * length
     after = (next_position[:, None] + torch.arange(length, device=ids.device)).repeat(1, group)
     positions = torch.cat([positions, text_positions(model, after)], -1)  # (…, B, T)
 
-    # a token of [prompt, c] sees itself and what stands before it, less padding
-    attention = {"attention_mask": F.pad(attention, (0, length), value=1)}  # (B, P + C)
+    # a token of [prompt, c] sees itself and what stands before it, less padding; the bias of this
+    # row holds for all c (see shared_prefix_attention)
+    exists = F.pad(exists, (0, length), value=1)  # (B, P + C)
+    attention = {"attention_mask": exists}
     if shares_prefix(model):
-        exists = attention["attention_mask"].bool()
-        causal = exists.new_ones(2 * exists.shape[1:]).tril()
-        visible = exists[:, None, None] & causal  # (B, 1, P + C, P + C)
+        causal = torch.ones(2 * exists.shape[1:], dtype=torch.bool, device=ids.device).tril()
+        visible = exists.bool()[:, None, None] & causal  # (B, 1, P + C, P + C)
         attention = {"attention_mask": attention_bias(visible, model), "shared": (group, start)}
 
     prompt = {  # mm_token_type_ids must cover the completions, as text
@@ -899,7 +902,8 @@ def make_trainable(model, args, dropout):
 def shard_parameters(model):
     """Keep a part of every parameter on each process (FSDP2). A layer's weights are gathered before
     it runs and given up after that; gradients are summed over all processes, and each gets its
-    part. What `call` calls from now on counts as a forward pass."""
+    part. FSDP2 does so around model.forward. We call model.model and lm_head on their own, so it is
+    told to do so around a method of ours, too (see `call`)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.fsdp import register_fsdp_forward_method as wrap
@@ -915,7 +919,7 @@ def shard_parameters(model):
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     model.sharded_call = lambda function, *args: function(model, *args)
     wrap(model, "sharded_call")
-    model.sharded_call(lambda model: None)  # the first one to run is taken for the whole model
+    model.sharded_call(lambda model: None)  # FSDP2 takes the first that runs for the outermost
     model.reshard()
 
 
@@ -1313,6 +1317,17 @@ def number(kind, low, high=math.inf):
 
     parse.__name__ = kind.__name__  # argparse names it: invalid int value
     return parse
+
+
+def flag_adder(parser):
+    """parser.add_argument, with the default of a flag in its help."""
+
+    def add(name, **options):
+        if options.get("default"):
+            options["help"] += " (default %(default)s)"
+        parser.add_argument(name, **options)
+
+    return add
 
 
 class Console:

@@ -61,7 +61,7 @@ DEFAULTS = dict(
     save_step=(500, 50),
     point_ratio=(0.5, 0.4),
     val_batch_size=(32, 64),
-    workers=(4, 0),
+    workers=(min(4, os.cpu_count() or 1), 0),
 )
 
 
@@ -117,7 +117,7 @@ def add_common_flags(parser, defaults):
             recipe, demo = defaults[name.strip("-")]
             options["help"] += f" (default {recipe}; demo {demo})"
             options["default"] = None
-        parser.add_argument(name, **options)
+        sampler.flag_adder(parser)(name, **options)
 
     on_off, share = argparse.BooleanOptionalAction, number(float, 0, 1)
     count, natural, positive = number(int, 1), number(int, 0), number(float, 0)
@@ -319,7 +319,9 @@ class Run:
         if not self.done and (is_used or (path.exists() and not self.args.resume)):
             aside = next(p for i in range(1, 10**6) if not (p := Path(f"{folder}.{i}")).exists())
             os.replace(folder, aside)
-            print(f"NOTE: the run that was in {folder} is now in {aside} (--resume continues it)")
+            print(
+                f"NOTE: the run that was in {folder} is now in {aside}: move it back to --resume it"
+            )
         with self.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "args.json").write_text(json.dumps(vars(self.args)))

@@ -481,7 +481,12 @@ TABLE = "{:<11} {:<36} {:<38} {:>9} {:>9} {:>6} {:>4}  {}"
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
-    add("rows", nargs="*", default=[], help=f"of {', '.join(ROWS)}; all if none")
+    add(
+        "rows",
+        nargs="*",
+        default=[],
+        help=f"of {', '.join(ROWS)}, or gpu alone; all but gpu if none",
+    )
     add("--repeats", type=sampler.number(int, 1), default=3, help="pairs of runs, at least")
     add("--quick", action=on_off, default=False, help="every row in a short form, as a test")
     add("--data_root", default="demo_data", help="folder that holds the demo set")

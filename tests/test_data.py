@@ -317,7 +317,7 @@ def test_a_damaged_instances_json_is_one_line(tmp_path, content):
 
 
 def test_wrong_roots_options_and_splits_are_named(tmp_path):
-    with pytest.raises(InputError, match="no such set in --data_root .*nowhere .no set."):
+    with pytest.raises(InputError, match="no such set in --data_root .*nowhere .no such folder."):
         data.load_samples("RRSISD", tmp_path / "nowhere")
     refer_set(tmp_path)
     with pytest.raises(InputError, match="no such set in --data_root .* .tiny."):
