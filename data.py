@@ -1297,6 +1297,7 @@ def contact_sheet(samples, columns=6, rows=4, tile=224):
 
 def main(args):
     problems, counts, valid = [], defaultdict(Counter), []
+    yes_or_no = lambda value: "yes" if value else "no"
     samples = load_samples(args.option, args.data_root, problems=problems)
     for sample, mask in decode_all(samples, problems):
         valid.append(sample)
@@ -1310,9 +1311,9 @@ def main(args):
             ("object scale (small < 1 %, large > 5 % of the image)", scale),
             ("words in the first phrase", len(sample.phrases[0].split())),
             ("phrases per ref", len(sample.phrases)),
-            ("weak phrases (the class name alone)", sample.is_weak),
-            ("reasons given", bool(sample.reasons)),
-            ("image has the size of its mask (else it is resized)", is_same_size),
+            ("phrase is the class name alone", yes_or_no(sample.is_weak)),
+            ("reasons given", yes_or_no(sample.reasons)),
+            ("image has the size of its mask (else it is resized)", yes_or_no(is_same_size)),
         ):
             counts[title][value] += 1
     images = {sample.image_path for sample in valid}

@@ -662,6 +662,8 @@ def segment_one(args, model, processor, segmenter, folder):
     for point, label, confidence in zip(row["points_px"], row["labels"], row["confidence"]):
         dropped = "" if confidence >= args.theta else ", dropped"
         print(f"  point {point}: {label} (p = {confidence:.2f}{dropped})")
+    if row["labels"] and 1 not in row["labels"]:
+        print("NOTE: the model finds no point on the target, so its box is doubtful")
     print(f"mask of {mask.sum()} pixels, whose IoU SAM itself puts at {sam_score:.2f}")
     print(f"written: {name}_mask.png and {name}_overlay.png")
 

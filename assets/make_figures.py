@@ -1,6 +1,6 @@
 """The README's figures: curves of a run, grids of points, and two evaluations phrase by phrase.
 
-    python assets/make_figures.py curve runs/grpo/train.jsonl --out curve.png
+    python assets/make_figures.py curve runs/grpo/train.jsonl    # draws runs/grpo/curve.png
     python assets/make_figures.py grid --out grid.png
     python assets/make_figures.py compare runs/eval_sft runs/eval_grpo --out before_after.png
     python assets/make_figures.py compare runs/eval_a runs/eval_b --names "reward a" "reward b"
@@ -39,7 +39,7 @@ def get_args(argv=None):
     compare.add_argument("runs", nargs=2, help="folders that eval.py wrote: before, after")
     compare.add_argument("--data_root", default="demo_data", help="folder that holds the data set")
     compare.add_argument("--names", nargs=2, default=["before", "after"], help="in the picture")
-    curve.add_argument("--out", default="curve.png", help="the picture")
+    curve.add_argument("--out", help="the picture (default: curve.png beside the first run's log)")
     grid.add_argument("--out", default="grid.png", help="the picture")
     compare.add_argument("--out", help="a picture of what changed most; without it there is none")
     return parser.parse_args(argv)
@@ -174,8 +174,9 @@ def draw_pairs(before, after, samples, names, count=3):
 def main(args):
     if args.kind != "compare":
         picture = draw_curve(args.runs) if args.kind == "curve" else draw_grids()
-        picture.save(args.out)
-        return print(f"written: {args.out}")
+        path = args.out or Path(args.runs[0]).with_name("curve.png")
+        picture.save(path)
+        return print(f"written: {path}")
     for run in args.runs:
         if not (Path(run) / "predictions.jsonl").is_file():
             raise InputError(f"no {run}/predictions.jsonl: eval.py --version_name … writes it")

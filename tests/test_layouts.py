@@ -65,7 +65,7 @@ def test_the_check_counts_a_set_and_draws_its_sheet(sets, option, tmp_path, caps
     printed = capsys.readouterr().out
     empty = sum(not mask.any() for _, mask in truth[option].values())
     assert f"{len(truth[option])} refs on " in printed and "0 bad records" in printed
-    assert (f"empty: {empty}" in printed) == (empty > 0) and "resized): True" in printed
+    assert (f"empty: {empty}" in printed) == (empty > 0) and "resized): yes" in printed
     assert (tmp_path / "data/contact_sheet.png").is_file()
 
 
