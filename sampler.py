@@ -128,35 +128,14 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     dtype: by default float32 on CPU and bfloat16 on CUDA. Weights are read from safetensors only,
     and no code of the checkpoint is run. InputError if there is no such model.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     # NOTE: cuDNN's attention takes up to a second to plan for each new shape, and ours are all new
     torch.backends.cuda.enable_cudnn_sdp(False)
     check_device(device)
-    path = str(path)
-    if not is_hub_model(path):
-        hint = f"python sft.py writes runs/sft; the base model is {TINY_VLM}"
-        raise InputError(f"no model at {path}: that folder does not exist ({hint})")
     is_cuda = torch.device(device).type == "cuda"
-    dtype = dtype or (torch.bfloat16 if is_cuda else torch.float32)
-    adapters = [f for f in (Path(path), Path(path) / "adapter") if (f / ADAPTER_CONFIG).is_file()]
-    if adapters and not (Path(path) / "config.json").is_file():
-        with in_turns(is_cuda):
-            model, processor = load_merged(adapters[0], dtype)
-            model = model.to(device)
-        if is_cuda:
-            use_fused_layers(model)
-        return model, processor
-    expected = "expected a Hugging Face folder (config.json, *.safetensors) or a hub name"
-    with error_border(f"no model at {path}", expected), in_turns(is_cuda):
-        safe = {"trust_remote_code": False}  # else transformers asks, and waits for an answer
-        processor = AutoProcessor.from_pretrained(path, **safe)
-        model = load_weights(AutoModelForImageTextToText, path, dtype=dtype, **safe)
+    with in_turns(is_cuda):
+        dtype = dtype or (torch.bfloat16 if is_cuda else torch.float32)
+        model, processor = read_policy(str(path), dtype)
         model = model.to(device).eval()
-    if model.config.model_type == "llava":
-        disable_center_crop(model, processor)
     if is_cuda:
         use_fused_layers(model)
     expected = "expected a Qwen-VL, InternVL or LLaVA model with an image token and a chat template"
@@ -174,6 +153,28 @@ def load_policy(path=TINY_VLM, device="cpu", dtype=None):
     return model, processor
 
 
+def read_policy(path, dtype):
+    """(model, processor) of load_policy, on the CPU, as they are in the files."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not is_hub_model(path):
+        hint = f"python sft.py writes runs/sft; the base model is {TINY_VLM}"
+        raise InputError(f"no model at {path}: that folder does not exist ({hint})")
+    adapters = [f for f in (Path(path), Path(path) / "adapter") if (f / ADAPTER_CONFIG).is_file()]
+    if adapters and not (Path(path) / "config.json").is_file():
+        return load_merged(adapters[0], dtype)
+    expected = "expected a Hugging Face folder (config.json, *.safetensors) or a hub name"
+    with error_border(f"no model at {path}", expected):
+        safe = {"trust_remote_code": False}  # else transformers asks, and waits for an answer
+        processor = AutoProcessor.from_pretrained(path, **safe)
+        model = load_weights(AutoModelForImageTextToText, path, dtype=dtype, **safe)
+    if model.config.model_type == "llava":
+        disable_center_crop(model, processor)
+    return model, processor
+
+
 def load_weights(model_class, path, **options):
     """model_class.from_pretrained, from safetensors alone; LookupError if the file lacks weights,
     which transformers would draw at random."""
@@ -188,7 +189,7 @@ def load_merged(adapter, dtype):
     """The base model of an adapter folder, with the adapter merged into it, and the processor."""
     config = read_adapter_config(adapter)
     base, expected = config["base_model_name_or_path"], config.get("base_fingerprint")
-    model, processor = load_policy(base, "cpu", dtype)  # merging on the CPU gives the same bits
+    model, processor = read_policy(base, dtype)
     if expected not in (None, fingerprint(model, processor, torch.bfloat16)):
         raise InputError(f"{adapter} is an adapter of another model than the one in {base} now")
     template = adapter / "chat_template.jinja"
