@@ -591,20 +591,21 @@ class Drawn:
 
     def __init__(self, image, target, phrase):
         self.image, self.mask, self.phrases = lambda: image, target.mask, [phrase]
+        self.image_path, self.size = id(self), image.size  # every sample has a picture of its own
 
 
-def print_reached(model, processor):
+def print_reached(model, processor, count=400):
     """Box IoU and point accuracy on unseen scenes of both kinds."""
     from eval import validate
 
     for plain in (True, False):
         rng, samples = np.random.default_rng(12345), []
-        while len(samples) < 400:
+        while len(samples) < count:
             image, objects = make_demo.draw_scene(rng, int(rng.integers(1, 5)), plain)
             target = objects[rng.integers(len(objects))]
             phrase = make_demo.describe(rng, objects, target)
             samples += [Drawn(image, target, phrase)] if phrase else []
-        for name, scores in validate(model, processor, samples, limit=400).items():
+        for name, scores in validate(model, processor, samples, limit=count).items():
             print(f"{'plain' if plain else 'demo'} scenes, {name}: {scores}")
 
 

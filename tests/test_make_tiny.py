@@ -70,3 +70,11 @@ def test_in_a_list_every_number_looks_at_its_own_instance(packer):
                 assert name == "box"
             counts.append(len(found))
     assert {0, 1, 2} <= set(counts)
+
+
+def test_what_is_reached_is_measured_on_scenes_of_both_kinds(tiny, capsys):
+    make_tiny.print_reached(*tiny, count=6)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in printed] == [
+        f"{kind} scenes, {name}" for kind in ("plain", "demo") for name in ("no think", "think")
+    ]
