@@ -111,13 +111,14 @@ def cosine(step, steps, warmup):
 def add_common_flags(parser, defaults):
     """The flags of both stages. Returns the function that adds further ones. Flags in `defaults`
     have two defaults: one for real data sets, one for the demo."""
+    add_flag = sampler.flag_adder(parser)
 
     def add(name, **options):
         if name.strip("-") in defaults:  # fill_defaults chooses, once the data set is known
             recipe, demo = defaults[name.strip("-")]
             options["help"] += f" (default {recipe}; demo {demo})"
             options["default"] = None
-        sampler.flag_adder(parser)(name, **options)
+        add_flag(name, **options)
 
     on_off, share = argparse.BooleanOptionalAction, number(float, 0, 1)
     count, natural, positive = number(int, 1), number(int, 0), number(float, 0)

@@ -194,7 +194,7 @@ def test_sharded_parameters_are_updated_as_those_of_one_process(
     assert norm(one[k] - other[k] for k in base) < 1e-3 * moved
 
 
-def test_sampling_goes_on_where_a_step_cannot_be_recorded(monkeypatch, tiny):
+def test_sampling_goes_on_where_a_step_cannot_be_recorded(monkeypatch):
     """And the random generator, the stream and the device are as they were."""
     calls = []
 
