@@ -212,6 +212,31 @@ def token_shares(mask):
     return mask.reshape(SIDE, CELL, SIDE, CELL).mean((1, 3))
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan 2024) with Nesterov momentum: the update of a matrix is its momentum with all
+    singular values near 1, by five Newton-Schulz iterations. torch.optim.Muon does these in
+    bfloat16, which on many CPUs takes longer than the model's forward and backward together."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                update = p.grad.lerp(momentum, 0.95)
+                tall = len(update) > update.shape[1]
+                x = update.T if tall else update
+                x = x / x.norm().clamp(min=1e-7)
+                for _ in range(5):
+                    gram = x @ x.T
+                    x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+                scale = max(1, len(p) / p.shape[1]) ** 0.5
+                p.add_(x.T if tall else x, alpha=-group["lr"] * scale)
+
+
 class Heads(torch.nn.Module):
     """Auxiliary losses, thrown away after training: what every vision token and the last token of
     every point should know."""
@@ -540,7 +565,7 @@ def train_phase(model, processor, args, steps, demo, peak, heard, lists=False):
     hook = model.model.visual.merger.register_forward_hook(lambda *call: seen.append(call[-1]))
     named = list(model.named_parameters())
     is_matrix = lambda n, p: p.ndim == 2 and "embed" not in n and "lm_head" not in n
-    muon = torch.optim.Muon([p for n, p in named if is_matrix(n, p)], lr=0.02, weight_decay=0.0)
+    muon = Muon([p for n, p in named if is_matrix(n, p)], lr=0.02)
     rest = [p for n, p in named if not is_matrix(n, p)] + list(heads.parameters())
     adamw = torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.0)
     ramp = lambda step: peak * min(1, (step + 1) / 200, (steps - step) / (0.4 * steps))
@@ -660,7 +685,7 @@ def train_sam(args):
     sam = build_tiny_sam().train()
     named = [(n, p) for n, p in sam.named_parameters() if p.requires_grad]
     is_matrix = lambda n, p: p.ndim == 2 and "embed" not in n and "token" not in n
-    muon = torch.optim.Muon([p for n, p in named if is_matrix(n, p)], lr=0.01, weight_decay=0.0)
+    muon = Muon([p for n, p in named if is_matrix(n, p)], lr=0.01)
     adamw = torch.optim.AdamW(
         [p for n, p in named if not is_matrix(n, p)], lr=1e-3, weight_decay=0.0
     )

@@ -1,10 +1,12 @@
 """The comparison that the README's intervals come from, and the curve."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import data
 from assets import make_figures
 from sampler import InputError
 
@@ -41,3 +43,18 @@ def test_the_curve_has_a_panel_for_each_reward_that_there_was(tmp_path):
     assert make_figures.draw_curve(paths).size == (1000, 520)
     with pytest.raises(InputError, match="no lines"):
         make_figures.draw_curve(["none.jsonl"])
+
+
+def test_both_pictures_of_answers_are_drawn(small_set, monkeypatch):
+    samples = data.load_samples("demo", small_set)
+    rows = [
+        {"ref_id": s.ref_id, "image": s.image_path.name, "phrase": s.phrases[0], "iou": 1.0}
+        | {"box_px": [data.mask_to_box(s.mask)], "points_px": [[9, 9]], "labels": [1]}
+        | {"confidence": [1.0], "rle": data.encode_rle(s.mask)}
+        for s in samples
+    ]
+    sheet = make_figures.draw_pairs(rows, rows, samples, ["a", "b"], count=2)
+    assert sheet.size == (2 * 516 + 12, 2 * 284)
+    airplanes = [replace(sample, class_name="airplane") for sample in samples] * 10
+    monkeypatch.setattr(data, "load_samples", lambda *_: airplanes)
+    assert make_figures.draw_grids().size == (1160, 412)
