@@ -563,12 +563,12 @@ def evaluate_set(args, folder, samples, n_skipped, model, processor, segmenter):
 
 
 def draw_overlay(image, row, caption, theta, mask, truth=None, side=512):
-    """The image, `side` pixels or its own size, and beside it the answer: mask in cyan, truth
+    """The image, enlarged to about `side` pixels, and beside it the answer: mask in cyan, truth
     outlined in yellow, box in white, points green for 1 and red for 0, small where the model's
-    doubt dropped them."""
+    doubt dropped them. An image of over 1024 pixels is shrunk."""
     longest = max(image.size)
     zoom = max(1, round(side / longest)) if longest <= 1024 else 1024 / longest
-    size = tuple(math.ceil(side * zoom) for side in image.size)
+    size = tuple(math.ceil(length * zoom) for length in image.size)
     resize = lambda m: np.asarray(Image.fromarray(m).resize(size, Image.NEAREST))
     pixels = np.array(data.paint_mask(image.resize(size), resize(mask), 2))
     if truth is not None:

@@ -213,9 +213,9 @@ def token_shares(mask):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024) with Nesterov momentum: the update of a matrix is its momentum with all
-    singular values near 1, by five Newton-Schulz iterations. torch.optim.Muon does these in
-    bfloat16, which on many CPUs takes longer than the model's forward and backward together."""
+    """Muon (Jordan 2024) with Nesterov momentum: five Newton-Schulz iterations bring all singular
+    values of a matrix's momentum near 1, and the matrix moves by the result. torch.optim.Muon
+    iterates in bfloat16, which on many CPUs takes longer than the model's forward and backward."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})
